@@ -1,0 +1,64 @@
+"""Regular expressions over module paths, each of which must match something."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+
+def kind(module: nn.Module) -> str:
+    """Name a module's class with the package it comes from."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def first_match(patterns: Iterable[str], path: str) -> str | None:
+    """Return the first pattern that is found in a path, or None."""
+    return next((pattern for pattern in patterns if re.search(pattern, path)), None)
+
+
+def require_matches(
+    field: str,
+    patterns: Iterable[str],
+    paths: Iterable[str],
+    modules: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Refuse a pattern that matches nothing.
+
+    Args:
+        field: The config's field, for the message.
+        patterns: Regular expressions, searched.
+        paths: What each must match one of.
+        modules: All the model's modules, to tell of one that matches but cannot be adapted.
+
+    Raises:
+        ValueError: If a pattern matches none of the paths; it names those most like it.
+    """
+    paths = [*paths]
+    for pattern in patterns:
+        if any(re.search(pattern, path) for path in paths):
+            continue
+        others = {path: m for path, m in (modules or {}).items() if re.search(pattern, path)}
+        kinds = some(f"{path} ({kind(module)})" for path, module in others.items())
+        hint = f"; it matches {kinds}, of a kind that cannot be adapted" if others else ""
+        nearest = some(_nearest(pattern, paths))
+        raise ValueError(f"{field}: {pattern!r} matches nothing{hint}; nearest are {nearest}")
+
+
+def _nearest(pattern: str, paths: Sequence[str]) -> list[str]:
+    """The three paths most like a pattern, one for each place that repeats over the layers."""
+    places = {re.sub(r"\d+", "*", path): path for path in reversed(paths)}
+    words = re.sub(r"\\[A-Za-z]|[^A-Za-z0-9_.]", "", pattern).strip(".")
+
+    def likeness(path: str) -> float:
+        ends = (path, path.rpartition(".")[2])
+        return max(difflib.SequenceMatcher(None, words, end).ratio() for end in ends)
+
+    return sorted(places.values(), key=likeness, reverse=True)[:3]
+
+
+def some(names: Iterable[str]) -> str:
+    """List the first three names and count the rest."""
+    names = [*names]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more or "nothing"

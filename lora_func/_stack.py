@@ -1,0 +1,129 @@
+"""Stacks: K adapters as one dict with a leading axis, for ``torch.vmap``."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_func._keys import RANK, Key, group, parse
+from lora_func._types import Params, rank_of
+from lora_func.variants import by_name
+
+
+def stack(adapters: Sequence[Params]) -> Params:
+    """Stack adapters of the same sites and variants along a new first axis.
+
+    Ranks may differ where the variant allows it: the rank axis is padded with zeros, which receive
+    no gradient and add nothing. Differentiable: keep the adapters as optimizer leaves, each with
+    settings of its own, and stack them inside the step.
+
+    Args:
+        adapters: At least one.
+
+    Returns:
+        Key -> tensor (K, ...). Where ranks were padded, a constant ``_rank`` (K,) remembers them.
+
+    Raises:
+        ValueError: If there is none, keys differ, or shapes, dtypes or devices of a leaf differ in
+            what no padding makes equal.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Linear(4, 4)
+        >>> stacked = lf.stack([lf.init(model, lf.LoRA(r=r)) for r in (1, 3)])
+        >>> {key: tuple(leaf.shape) for key, leaf in stacked.items()}
+        {'.lora.A': (2, 3, 4), '.lora.B': (2, 4, 3), '.lora._scale': (2,), '.lora._rank': (2,)}
+        >>> losses = torch.vmap(lf.fcall, in_dims=(None, 0, None))(model, stacked, torch.ones(5, 4))
+    """
+    if not adapters:
+        raise ValueError("adapters: got none")
+    first = adapters[0]
+    for i, adapter in enumerate(adapters):
+        if adapter.keys() != first.keys():
+            differing = sorted(adapter.keys() ^ first.keys())
+            raise ValueError(
+                f"adapters 0 and {i} differ in their keys, {differing[:3]}; stack adapters of the "
+                "same sites and variants"
+            )
+    if any(parse(key).leaf == RANK for key in first):
+        raise ValueError(
+            "adapters: got stacks of mixed rank, expected adapters; unstack them first"
+        )
+    stacked: Params = {}
+    for (site, name), keys in group(first).items():
+        variant = by_name(name)
+        ranks = [
+            rank_of(variant, {leaf: adapter[key] for leaf, key in keys.items()})
+            for adapter in adapters
+        ]
+        mixed = len({*ranks}) > 1
+        for leaf, key in keys.items():
+            leaves = [adapter[key] for adapter in adapters]
+            if mixed and leaf in variant.rank_axes:
+                leaves = [_pad(tensor, variant.rank_axes[leaf], max(ranks)) for tensor in leaves]
+            stacked[key] = _stacked(key, leaves)
+        if mixed:
+            device = leaves[0].device
+            stacked[str(Key(site, name, RANK))] = torch.tensor(
+                ranks, dtype=torch.float64, device=device
+            )
+    return {**{key: stacked[key] for key in first}, **stacked}
+
+
+def unstack(stacked: Params) -> list[Params]:
+    """Split a stack into its adapters, each of its own rank.
+
+    Args:
+        stacked: What ``stack`` made, possibly trained since.
+
+    Returns:
+        K adapters, views of the stack; ``unstack(stack(adapters))`` equals ``adapters``.
+
+    Raises:
+        ValueError: If the leaves have no common first axis.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> stacked = lf.stack([lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=r)) for r in (1, 3)])
+        >>> [adapter[".lora.A"].shape[0] for adapter in lf.unstack(stacked)]
+        [1, 3]
+    """
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in stacked.values()}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"stacked: leaves have first axes {sizes}, expected one size; is this a single adapter?"
+        )
+    (size,) = sizes
+    ranks = {key: stacked.get(str(parse(key)._replace(leaf=RANK))) for key in stacked}
+    return [
+        {
+            key: _cut(key, leaf[i], ranks[key], i)
+            for key, leaf in stacked.items()
+            if parse(key).leaf != RANK
+        }
+        for i in range(size or 0)
+    ]
+
+
+def _pad(leaf: Tensor, axis: int, rank: int) -> Tensor:
+    after = [0] * (2 * -axis - 1) + [rank - leaf.shape[axis]]
+    return F.pad(leaf, after)
+
+
+def _cut(key: str, leaf: Tensor, ranks: Tensor | None, i: int) -> Tensor:
+    _, name, leaf_name = parse(key)
+    axis = by_name(name).rank_axes.get(leaf_name)
+    if ranks is None or axis is None:
+        return leaf
+    return leaf.narrow(axis, 0, int(ranks[i]))
+
+
+def _stacked(key: str, leaves: Sequence[Tensor]) -> Tensor:
+    kinds = {(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{key}: cannot stack leaves that differ, {sorted(map(str, kinds))}; make shapes, "
+            "dtypes and devices equal"
+        )
+    return torch.stack([*leaves])

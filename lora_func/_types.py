@@ -1,0 +1,139 @@
+"""The types: the dict that is an adapter, and the tuple of functions that is a variant."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from torch import Generator, Tensor
+
+from lora_func._config import AdapterConfig
+from lora_func._weight import Weight
+
+Params: TypeAlias = dict[str, Tensor]
+"""An adapter: ``"{site}.{variant}.{leaf}" -> tensor``."""
+
+
+class InitFn(Protocol):
+    """Make the leaves of one site."""
+
+    def __call__(self, W: Any, cfg: Any, generator: Generator, stats: Any, /) -> dict[str, Tensor]:
+        """Make the leaves of one site, such that the layer computes what it did.
+
+        Args:
+            W: The frozen ``Weight``, only read; for a ``ParameterConfig`` the parameters it names,
+                by name.
+            cfg: The variant's config, resolved for this site.
+            generator: The only source of randomness; a CPU generator.
+            stats: What a calibration pass gathered at this site; None without one.
+
+        Returns:
+            The leaves. A name that starts with ``_`` is a constant; integer constants may be given
+            as integers.
+        """
+
+
+class ApplyFn(Protocol):
+    """Run the adapted layer: the activation view."""
+
+    def __call__(self, W: Weight, params: Mapping[str, Tensor], x: Tensor, /) -> Tensor:
+        """Return ``x W'ᵀ``, and ``+ b'`` if ``W`` carries a bias, in the cheapest correct form.
+
+        Args:
+            W: The frozen weight, read through ``linear`` and ``dense`` alone.
+            params: The leaves of the site, in their own dtype.
+            x: Activations, shape (..., d_in); the adapter's part is computed in their dtype.
+
+        Returns:
+            Shape (..., d_out), in the dtype that the frozen layer would have given.
+        """
+
+
+class WeightFn(Protocol):
+    """Give the adapted weight: the weight view."""
+
+    def __call__(self, W: Weight, params: Mapping[str, Tensor], /) -> Tensor:
+        """Return the dense W', shape (d_out, d_in), in the dtype of W."""
+
+
+class BiasFn(Protocol):
+    """Give the adapted bias."""
+
+    def __call__(self, b: Tensor | None, params: Mapping[str, Tensor], /) -> Tensor | None:
+        """Return b', shape (d_out,), or None for no bias."""
+
+
+class SharedFn(Protocol):
+    """Make the constants that all sites of a config share."""
+
+    def __call__(
+        self, weights: Mapping[str, Weight], cfg: Any, generator: Generator, /
+    ) -> dict[str, Tensor]:
+        """Return the constants, whose names start with ``_``, given each site's frozen weight."""
+
+
+class ParametersFn(Protocol):
+    """Give the parameters that a module which is no linear map runs with."""
+
+    def __call__(
+        self, own: Mapping[str, Tensor], params: Mapping[str, Tensor], /
+    ) -> dict[str, Tensor]:
+        """Return the parameters to replace, by name, given the module's own."""
+
+
+class NormFn(Protocol):
+    """Measure the adapter where that is cheap."""
+
+    def __call__(self, params: Mapping[str, Tensor], /) -> Tensor:
+        """Return the Frobenius norm of W' - W; leading axes of the leaves are batch axes."""
+
+
+class Variant(NamedTuple):
+    """An adapter method: pure functions over the leaves of one site.
+
+    Law: ``apply(Affine(W, b), p, x) == F.linear(x, weight(W, p), bias(b, p))``, for any bias or
+        none.
+
+    Attributes:
+        name: The middle part of the keys: "lora".
+        config: The config class, by which ``init`` finds the variant.
+        init: Makes the leaves.
+        apply: The activation view.
+        weight: The weight view; None for a variant that is not linear in x.
+        bias: The adapted bias; None if the bias is left as it is.
+        shared: Makes what all sites share, kept once under the site ``*``.
+        parameters: Adapts modules that are no linear map; None if the variant cannot.
+        delta_norm: The norm of the change, where it is cheap.
+        rank_axes: Leaf -> its rank axis, counted from the end, for variants in which a row of zeros
+            there is a rank less exactly, and stays so under training. It lets ``stack`` pad. Empty
+            if padding is not exact.
+    """
+
+    name: str
+    config: type[AdapterConfig]
+    init: InitFn
+    apply: ApplyFn
+    weight: WeightFn | None = None
+    bias: BiasFn | None = None
+    shared: SharedFn | None = None
+    parameters: ParametersFn | None = None
+    delta_norm: NormFn | None = None
+    rank_axes: Mapping[str, int] = {}
+
+
+def rank_of(variant: Variant, leaves: Mapping[str, Tensor]) -> int:
+    """Read the rank of a site from the shapes of its leaves.
+
+    Args:
+        variant: The site's variant.
+        leaves: The site's leaves, possibly with leading adapter axes.
+
+    Returns:
+        The rank; 0 for a variant that has none.
+
+    Raises:
+        ValueError: If the leaves disagree.
+    """
+    axes = {leaf: axis for leaf, axis in variant.rank_axes.items() if leaf in leaves}
+    ranks = {leaf: leaves[leaf].shape[axis] for leaf, axis in axes.items()}
+    if len({*ranks.values()}) > 1:
+        raise ValueError(f"{variant.name}: leaves of one site have different ranks, {ranks}")
+    return next(iter(ranks.values()), 0)

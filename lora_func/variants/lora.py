@@ -1,0 +1,113 @@
+"""LoRA: a trained low-rank term beside the frozen weight.
+
+    W' = W + s B A,   s = alpha / r   (rsLoRA: alpha / √r)
+
+*Identity at the start because* B = 0, so the added term is exactly zero in every dtype.
+
+Asks of W: ``linear`` only.
+
+References:
+    LoRA, https://arxiv.org/abs/2106.09685, eq. 3; rsLoRA, https://arxiv.org/abs/2312.03732. Code:
+    microsoft/LoRA ``loralib/layers.py``, huggingface/peft ``tuners/lora/layer.py``.
+
+Deviations: the paper draws A from a Gaussian, both codes from ``kaiming_uniform_(a=√5)``; we follow
+the codes. PEFT accepts r above min(d_out, d_in), which adds parameters and no rank; we refuse it.
+PEFT adds the term in the adapter's dtype, we in that of the activations. PEFT's default alpha of 8
+makes s shrink as r grows; ours keeps s = 2.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._config import LowRankConfig
+from lora_func._linalg import kaiming_uniform, low_rank, low_rank_norm
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(LowRankConfig):
+    """Low-rank adaptation, ``W + s B A``.
+
+    Attributes:
+        rslora: Scale by ``alpha / √r`` instead of ``alpha / r``; with alpha None, s stays 2.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.LoRA(r=2))
+        >>> {key: tuple(leaf.shape) for key, leaf in params.items()}
+        {'0.lora.A': (2, 4), '0.lora.B': (3, 2), '0.lora._scale': ()}
+    """
+
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor ``s``."""
+        if self.rslora and self.alpha is not None:
+            return self.alpha / math.sqrt(self.r)
+        return super().scale
+
+
+def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Draw A, leave B at zero.
+
+    Returns:
+        A (r, d_in), B (d_out, r), _scale ().
+
+    Raises:
+        ValueError: If r is above min(d_out, d_in).
+    """
+    d_out, d_in = W.shape
+    if cfg.r > min(d_out, d_in):
+        raise ValueError(
+            f"r = {cfg.r} exceeds min(d_out, d_in) = {min(d_out, d_in)}; lower r or rank_pattern"
+        )
+    return {
+        "A": kaiming_uniform(cfg.r, d_in, generator),
+        "B": torch.zeros(d_out, cfg.r),
+        "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
+    }
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x, W) + s x Aᵀ Bᵀ``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return linear(x, W) + low_rank(x, params["A"], params["B"], params["_scale"])
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + s B A``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + (params["_scale"] * (params["B"] @ params["A"])).to(W.dtype)
+
+
+def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+    """Compute the norm of ``s B A``.
+
+    Returns:
+        Shape ().
+    """
+    return low_rank_norm(params["A"], params["B"], params["_scale"])
+
+
+VARIANT = Variant(
+    name="lora",
+    config=LoRA,
+    init=init,
+    apply=apply,
+    weight=weight,
+    delta_norm=delta_norm,
+    rank_axes={"A": -2, "B": -1},
+)
