@@ -1,0 +1,33 @@
+"""Settings of the whole test run, before anything is imported that reads them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import lora_func as lf
+from lora_func.variants import _template
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=20, **_COMMON)
+settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# a variant of somebody else's, held to the laws like our own
+lf.register(_template.VARIANT)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,101 @@
+"""The shape of the package: layers, weight of the import, one file for each variant."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_func
+from lora_func import variants
+
+PACKAGE = Path(lora_func.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# a module may import from the rows above its own
+LAYERS = [
+    {"_errors", "_weight", "_config"},
+    {"_types"},
+    {"_linalg", "_keys", "_transforms", "_roles", "_patterns"},
+    {"variants.full", "variants.lora", "variants._template"},
+    {"variants"},
+    {"_targets", "_plan"},
+    {"_init", "_threads", "_stack", "_summary"},
+    {"_inject"},
+    {"_call"},
+    {""},
+]
+
+
+def name_of(file):
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports_of(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            inside = node.module == "lora_func.variants"
+            submodules = [
+                a.name for a in node.names if (PACKAGE / "variants" / f"{a.name}.py").exists()
+            ]
+            yield from (
+                (f"{node.module}.{name}" for name in submodules)
+                if inside and submodules
+                else [node.module]
+            )
+
+
+def rank(name):
+    return next(i for i, layer in enumerate(LAYERS) if name in layer)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_point_downwards(file):
+    for imported in imports_of(file):
+        if imported == "lora_func" or imported.startswith("lora_func."):
+            other = imported.removeprefix("lora_func").lstrip(".")
+            assert rank(other) < rank(name_of(file)), f"{name_of(file)} imports {other}"
+
+
+def test_every_module_stands_in_a_layer():
+    assert {name_of(file) for file in FILES} == set().union(*LAYERS)
+
+
+def test_the_table_of_variants_is_the_folder():
+    files = {f.stem for f in (PACKAGE / "variants").glob("*.py")} - {"__init__", "_template"}
+    assert {variant.init.__module__.rpartition(".")[2] for variant in variants._TABLE} == files
+    assert len({variant.name for variant in variants._TABLE}) == len(variants._TABLE)
+
+
+def test_a_variant_file_ends_with_its_variant():
+    for file in (PACKAGE / "variants").glob("[!_]*.py"):
+        last = ast.parse(file.read_text()).body[-1]
+        assert isinstance(last, ast.Assign), file
+        assert last.targets[0].id == "VARIANT", file
+
+
+def test_files_and_functions_are_short():
+    for file in FILES:
+        text = file.read_text()
+        limit = 120 if file.parent.name == "variants" else 250
+        assert text.count("\n") <= limit, f"{file.name}: {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                documented = ast.get_docstring(node, clean=False) or ""
+                lines = node.end_lineno - node.lineno + 1 - documented.count("\n")
+                assert lines <= 40, f"{file.name}: {node.name} has {lines} lines"
+
+
+def test_the_import_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules); import lora_func;"
+        "new = set(sys.modules) - before; heavy = {'transformers', 'bitsandbytes', 'peft', 'rich',"
+        " 'accelerate', 'safetensors', 'torch._dynamo', 'torch._inductor'};"
+        "found = {m for m in new if {m, m.split('.')[0]} & heavy}; assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

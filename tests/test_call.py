@@ -1,0 +1,351 @@
+"""fcall and adapted: what they return, what they refuse, and that the model is what it was."""
+
+import contextlib
+import copy
+import functools
+from collections import UserDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+import lora_func as lf
+from tests.models import batch_for, make
+from tests.test_models import adapter, merged
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+class Watched(nn.Module):
+    """A model that calls back in the middle of its forward pass."""
+
+    def __init__(self, callback):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.callback = callback
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        self.callback()
+        return self.second(x)
+
+
+def snapshot(model):
+    """Everything that a call might leave behind: attributes, their order, and every bit."""
+    modules = [
+        (name, module, {k: id(v) for k, v in module.__dict__.items()})
+        for name, module in model.named_modules()
+    ]
+    places = [
+        [(k, id(v)) for k, v in getattr(module, place).items()]
+        for module in model.modules()
+        for place in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+    ]
+    tensors = [
+        (t, t.clone(), t._version, t.requires_grad)
+        for t in model.state_dict(keep_vars=True).values()
+    ]
+    return modules, [list(state) for *_, state in modules], places, tensors
+
+
+def assert_same(before, model):
+    after = snapshot(model)
+    assert after[0] == before[0]
+    assert after[1] == before[1]
+    assert after[2] == before[2]
+    for (tensor, bits, version, requires_grad), (now, *_) in zip(before[3], after[3], strict=True):
+        assert now is tensor
+        assert torch.equal(now, bits)
+        assert now._version == version
+        assert now.requires_grad == requires_grad
+        assert now.grad is None
+
+
+BOTH = [lf.LoRA(r=2), lf.Full(target_parameters=r"norm\.")]
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_model_is_what_it_was_whatever_happened(error, frozen):
+    def callback():
+        if error:
+            raise error("in the middle")
+
+    model = Watched(callback).requires_grad_(not frozen)
+    params, x = lf.init(model, BOTH), torch.randn(3, 4)
+    before = snapshot(model)
+    expected = pytest.raises(error) if error else contextlib.nullcontext()
+    with expected:
+        lf.fcall(model, params, x).sum().backward()
+    assert_same(before, model)
+    with expected, lf.adapted(model, params):
+        model(x)
+    assert_same(before, model)
+
+
+def test_the_base_gets_no_gradient_even_where_it_requires_one():
+    model, x = mlp(), torch.randn(3, 4)
+    params = lf.init(model, lf.LoRA(r=2, target_modules="^2$"))
+    lf.fcall(model, params, x).sum().backward()
+    assert params["2.lora.B"].grad.any()
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_constants_get_no_gradient_and_no_tangent():
+    model, x = mlp(), torch.randn(3, 4)
+    params = {k: v.detach() + 0.1 for k, v in lf.init(model, lf.LoRA(r=2)).items()}
+
+    def call(p):
+        return lf.fcall(model, p, x).sum()
+
+    gradients = torch.func.grad(call)(params)
+    assert gradients["0.lora._scale"] == 0
+    assert gradients["0.lora.A"].any()
+    tangents = {
+        k: torch.ones_like(v) if "_scale" in k else torch.zeros_like(v) for k, v in params.items()
+    }
+    assert torch.func.jvp(call, (params,), (tangents,))[1] == 0
+
+
+def test_kinds_of_batch():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x, y):
+            return self.layer(x) - y
+
+    model, x, y = Named(), torch.randn(3, 4), torch.randn(3, 2)
+    params = lf.init(model, lf.LoRA(r=1))
+    expected = model(x, y)
+    for batch in ((x, y), [x, y], {"x": x, "y": y}, UserDict(y=y, x=x)):
+        assert torch.equal(lf.fcall(model, params, batch), expected)
+    linear = nn.Linear(4, 2)
+    assert torch.equal(lf.fcall(linear, lf.init(linear, lf.LoRA(r=1)), x), linear(x))
+    with pytest.raises(
+        TypeError, match="batch: got int, expected a mapping, a tuple, a list or a tensor"
+    ):
+        lf.fcall(model, params, 3)
+
+
+def test_kinds_of_result():
+    class Output(nn.Module):
+        def __init__(self, output):
+            super().__init__()
+            self.layer, self.output = nn.Linear(4, 2), output
+
+        def forward(self, x):
+            return self.output(self.layer(x))
+
+    x = torch.randn(3, 4)
+
+    def result(output, loss_fn=None):
+        model = Output(output)
+        return lf.fcall(model, lf.init(model, lf.LoRA(r=1)), x, loss_fn=loss_fn)
+
+    def with_loss(y):
+        return SimpleNamespace(loss=y.sum(), logits=y)
+
+    def without_loss(y):
+        return SimpleNamespace(loss=None, logits=y)
+
+    assert result(lambda y: y).shape == (3, 2)
+    assert result(with_loss).shape == ()
+    assert result(without_loss).logits.shape == (3, 2)
+    assert result(without_loss, lambda output, batch: (output.logits.shape, batch is x)) == (
+        (3, 2),
+        True,
+    )
+    # what the caller asked for goes before what the model offers
+    assert result(with_loss, lambda output, batch: output.logits).shape == (3, 2)
+
+
+def test_a_layer_that_never_ran_is_an_error():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.used(x) @ self.unused.weight
+
+    model, x = Skips(), torch.randn(3, 4)
+    for cfg, name in ((lf.LoRA(r=1), "unused"), (lf.Full(target_parameters="norm"), "norm")):
+        params = lf.init(model, cfg)
+        with pytest.raises(lf.UnreachedSiteError, match=f"1 adapted modules never ran.*'{name}'"):
+            lf.fcall(model, params, x)
+        with lf.adapted(model, params):
+            model(x)
+    lf.fcall(model, lf.init(model, lf.LoRA(r=1, exclude_modules="unused")), x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_torchs_own_transformer_layers_take_no_shortcut(train):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(train)
+    model.requires_grad_(False)
+    params = adapter(model, r=2, target_modules=r"linear\d$")
+    x = torch.randn(2, 5, 8)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    batch = {"src": x, "src_key_padding_mask": mask}
+    expected = merged(model, params).train()(**batch)
+    torch.testing.assert_close(lf.fcall(model, params, batch), expected)
+    assert torch.backends.mha.get_fastpath_enabled()
+    # attention reads this layer's weight without calling it
+    unreachable = adapter(model, r=2, target_modules="out_proj")
+    with pytest.raises(lf.UnreachedSiteError, match="out_proj"):
+        lf.fcall(model, unreachable, batch)
+
+
+def test_hooks_of_the_user_fire_once():
+    model, x = mlp(), torch.randn(3, 4)
+    params = lf.init(model, [lf.LoRA(r=2, target_modules="0"), lf.Full(target_parameters="2")])
+    calls = []
+    for name, module in model.named_modules():
+        handle = module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        assert isinstance(handle, RemovableHandle)
+    model[0].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    y = lf.fcall(model, params, x)
+    assert calls == ["0", "1", "2", ""]
+    assert torch.equal(y, model(x))
+
+
+def test_injections_nest():
+    model, x = mlp(), torch.randn(3, 4)
+    outer = adapter(model, seed=1, r=2)
+    inner = adapter(model, seed=2, r=2, target_modules="0")
+    head = {k: v + 1 for k, v in lf.init(model, lf.Full(target_parameters=r"2\.weight")).items()}
+    with lf.adapted(model, outer):
+        inside = lf.fcall(model, outer, x)
+        for other in (inner, head):
+            lf.fcall(model, other, x)
+        assert torch.equal(model(x), inside)
+    assert torch.equal(model(x), lf.fcall(model, {}, x))
+    expected = lf.fcall(model, head, x)
+    with lf.adapted(model, {k: v + 1 for k, v in head.items()}):
+        assert torch.equal(lf.fcall(model, head, x), expected)
+
+
+def test_layers_that_are_replaced_or_quantised_later_are_seen():
+    model, x = mlp(), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    lf.fcall(model, params, x)
+    model[2] = nn.Linear(6, 2)
+    torch.testing.assert_close(lf.fcall(model, params, x), merged(model, params)(x))
+    model[2] = nn.Identity()
+    with pytest.raises(TypeError, match=r"2: lora adapts torch\.nn\.Linear.*found Identity"):
+        lf.fcall(model, params, x)
+
+
+def test_a_weight_is_read_when_the_layer_is_called():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    lf.fcall(model, params, x)
+    model[0].weight.data = torch.zeros(4, 4)
+    torch.testing.assert_close(lf.fcall(model, params, x), merged(model, params)(x))
+
+
+def test_a_shared_module_is_one_site():
+    layer = nn.Linear(4, 4)
+    model, x = nn.ModuleDict({"a": layer, "b": layer}), torch.randn(3, 4)
+    model.forward = lambda x: model["b"](model["a"](x))
+    params = adapter(model, r=2)
+    assert {key.split(".")[0] for key in params} == {"a"}
+    layer_with = merged(layer, {key.removeprefix("a"): leaf for key, leaf in params.items()})
+    torch.testing.assert_close(lf.fcall(model, params, x), layer_with(layer_with(x)))
+    twice = params | {key.replace("a.", "b.", 1): leaf for key, leaf in params.items()}
+    with pytest.raises(ValueError, match="b: adapted twice, by lora at 'a' and by lora"):
+        lf.fcall(model, twice, x)
+
+
+def test_keys_that_fit_nothing():
+    model, x = mlp(), torch.randn(3, 4)
+    leaf = torch.zeros(2)
+    for key, message in {
+        "5.lora.A": "'5.lora.A': the model has no module '5'",
+        "0.nothing.A": "no variant 'nothing'; there are",
+        "A": 'is no adapter key; expected "site.variant.leaf"',
+        "0.full.weigth": "Linear '0' has no parameter 'weigth'",
+    }.items():
+        with pytest.raises(KeyError, match=message):
+            lf.fcall(model, {key: leaf}, x)
+    with pytest.raises(ValueError, match="0: adapted twice, by lora at '0' and by full"):
+        lf.fcall(model, {"0.lora.A": leaf, "0.full.weight": leaf}, x)
+
+
+def test_an_error_inside_a_site_names_it():
+    model, x = mlp(), torch.randn(3, 4)
+    params = lf.init(model, lf.LoRA(r=2))
+    with pytest.raises(RuntimeError, match="in the lora adapter of '2'"):
+        lf.fcall(model, params | {"2.lora.A": torch.zeros(2, 5)}, x)
+    del params["0.lora.B"]
+    with pytest.raises(KeyError, match="in the lora adapter of '0'"):
+        lf.fcall(model, params, x)
+
+
+def test_activation_checkpointing_is_refused_where_it_would_run():
+    model = make("qwen3")
+    batch, params = batch_for(model), adapter(model)
+    model.activation_checkpointing_enable()
+    lf.fcall(model, params, batch)
+    model.train()
+    with torch.no_grad():
+        lf.fcall(model, params, batch)
+    with pytest.raises(RuntimeError, match=r"Qwen3.*activation checkpointing is on.*_disable"):
+        lf.fcall(model, params, batch)
+    model.activation_checkpointing_disable()
+    lf.fcall(model, params, batch).backward()
+
+
+def test_a_forward_that_someone_replaced_is_not_bypassed():
+    model, x = mlp(), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    original = model[0].forward
+    model[0].forward = lambda x: original(x) + 1
+    with pytest.raises(TypeError, match="0: its forward was replaced on the instance"):
+        lf.fcall(model, params, x)
+    full = lf.init(model, lf.Full(target_parameters="0"))
+    assert torch.equal(lf.fcall(model, full, x), model(x))
+
+
+def test_hooks_of_accelerate_stay_in_place():
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubles(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return (args[0] * 2,), kwargs
+
+    model, x = mlp(), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    expected = lf.fcall(model, params, x * 2)
+    hooks.add_hook_to_module(model[0], Doubles())
+    before = snapshot(model)
+    for params_ in (params, params):
+        assert torch.equal(lf.fcall(model, params_, x).detach(), expected.detach())
+    full = lf.init(model, lf.Full(target_parameters="0"))
+    assert torch.equal(lf.fcall(model, full, x), model(x))
+    assert before[1] == snapshot(model)[1]
+
+
+def test_functions_of_the_adapter_are_pure():
+    model, x = mlp(), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    before = copy.deepcopy(params)
+    call = functools.partial(lf.fcall, model, batch=x)
+    assert torch.equal(call(params), call(params))
+    assert all(torch.equal(leaf, before[key]) for key, leaf in params.items())
+
+
+def test_leaves_need_not_be_leaves():
+    """Leaves may come out of any computation, a hypernetwork say; gradients reach it."""
+    model, x = mlp(), torch.randn(3, 4)
+    knob = torch.tensor(0.5, requires_grad=True)
+    params = {key: leaf.detach() for key, leaf in adapter(model, r=2).items()}
+    lf.fcall(model, params | {"0.lora.B": params["0.lora.B"] * knob}, x).sum().backward()
+    assert knob.grad != 0

@@ -1,0 +1,40 @@
+"""Every block of Python in README and docs runs, top to bottom, one after another in each file."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_the_code_runs(page, tmp_path):
+    # the one line of README's head is the face of the library, not a program
+    code = [block for block in blocks(page) if not block.startswith("params = init(")]
+    program = tmp_path / "page.py"
+    program.write_text(
+        "import warnings\nwarnings.simplefilter('error')\n"
+        "warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')\n" + "\n".join(code)
+    )
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_fifteen_lines_are_fifteen():
+    quickstart = blocks(ROOT / "README.md")[1]
+    assert len([line for line in quickstart.splitlines() if line.strip()]) == 15
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

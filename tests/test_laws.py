@@ -1,0 +1,199 @@
+"""Every law on every case, in float64 unless the law says otherwise."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+
+import lora_func as lf
+from lora_func._weight import Affine, dense
+from tests.cases import CASES, make_layer, random_like
+from tests.strategies import dims, layers, seeds
+
+EACH_CASE = pytest.mark.parametrize("case", CASES, ids=repr)
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def output(layer):
+    """A scalar that every trained leaf can move, as a function of the trained leaves."""
+    weights = torch.linspace(-1, 2, layer.apply().numel(), dtype=torch.float64)
+    return lambda leaves: (layer.apply(leaves).flatten() * weights).sum()
+
+
+@EACH_CASE
+@given(data=st.data(), dtype=st.sampled_from(FLOATS))
+def test_the_start_is_the_frozen_layer_bit_for_bit(case, data, dtype):
+    leaf_dtype = torch.promote_types(dtype, torch.float32)
+    layer = data.draw(layers(case, dtype=dtype, leaf_dtype=leaf_dtype))
+    assert torch.equal(layer.apply(), layer.module(layer.x))
+    assert layer.apply().dtype == dtype
+
+
+@EACH_CASE
+@given(data=st.data())
+def test_activation_view_equals_weight_view(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    weight = layer.variant.weight(layer.W, layer.leaves)
+    bias = layer.variant.bias(layer.W.bias, layer.leaves) if layer.variant.bias else layer.W.bias
+    close(layer.apply(), F.linear(layer.x, weight, bias))
+    assert weight.dtype == dense(layer.W).dtype
+    assert weight.shape == layer.W.shape
+
+
+@EACH_CASE
+@given(data=st.data())
+def test_a_bare_weight_is_a_layer_without_bias(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    bare, without_bias = dense(layer.W), Affine(dense(layer.W))
+    close(
+        layer.variant.apply(bare, layer.leaves, layer.x),
+        layer.variant.apply(without_bias, layer.leaves, layer.x),
+    )
+    assert torch.equal(
+        layer.variant.weight(bare, layer.leaves), layer.variant.weight(without_bias, layer.leaves)
+    )
+
+
+@EACH_CASE
+@given(d_in=dims, d_out=dims, seed=seeds, adapters=st.integers(1, 4))
+def test_vmap_over_a_stack_equals_the_loop(case, d_in, d_out, seed, adapters):
+    layer = make_layer(case, d_in, d_out, r=1, seed=seed, scrambled=True)
+    generator = torch.Generator().manual_seed(seed)
+    many = [
+        {**layer.leaves, **{k: random_like(v, generator) for k, v in layer.trained.items()}}
+        for _ in range(adapters)
+    ]
+    stacked = {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}
+    close(torch.vmap(layer.apply)(stacked), torch.stack([layer.apply(leaves) for leaves in many]))
+
+
+@EACH_CASE
+@given(data=st.data())
+def test_nothing_that_goes_in_is_written_to(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    inputs = [*layer.leaves.values(), layer.x, *(t for t in layer.W if t is not None)]
+    before = [tensor.clone() for tensor in inputs]
+    versions = [tensor._version for tensor in inputs]
+    random_state = torch.get_rng_state()
+    layer.apply()
+    layer.variant.weight(layer.W, layer.leaves)
+    lf.init(layer.module, case.config(1), dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert [tensor._version for tensor in inputs] == versions
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@EACH_CASE
+@given(data=st.data(), scrambled=st.booleans())
+def test_each_leaf_gets_a_gradient_where_the_mathematics_says_so(case, data, scrambled):
+    layer = data.draw(layers(case, scrambled=scrambled))
+    gradients = torch.func.grad(output(layer))(layer.trained)
+    zero = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert zero == (set() if scrambled else case.dead)
+
+
+@EACH_CASE
+@given(data=st.data())
+def test_gradients_equal_those_of_the_weight_view(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    frozen = layer.W.bias
+
+    def from_weights(leaves):
+        leaves = layer.leaves | leaves
+        bias = layer.variant.bias(frozen, leaves) if layer.variant.bias else frozen
+        y = F.linear(layer.x, layer.variant.weight(layer.W, leaves), bias)
+        return (y.flatten() * torch.linspace(-1, 2, y.numel(), dtype=y.dtype)).sum()
+
+    close(
+        torch.func.grad(output(layer))(layer.trained), torch.func.grad(from_weights)(layer.trained)
+    )
+
+
+@EACH_CASE
+@given(data=st.data())
+def test_directional_derivative_equals_gradient_inner_product(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    generator = torch.Generator().manual_seed(1)
+    tangents = {name: random_like(leaf, generator) for name, leaf in layer.trained.items()}
+    gradients = torch.func.grad(output(layer))(layer.trained)
+    _, derivative = torch.func.jvp(output(layer), (layer.trained,), (tangents,))
+    close(derivative, sum((gradients[name] * tangents[name]).sum() for name in tangents))
+
+
+@EACH_CASE
+@given(data=st.data(), share=st.floats(-2, 2))
+def test_the_layer_is_affine_in_x(case, data, share):
+    layer = data.draw(layers(case, scrambled=True))
+    other = layer.x.flip(-1) + 1
+    mixed = layer.apply(x=share * layer.x + (1 - share) * other)
+    close(mixed, share * layer.apply() + (1 - share) * layer.apply(x=other))
+
+
+@EACH_CASE
+@given(data=st.data(), tokens=st.integers(0, 3))
+def test_any_batch_shape_is_the_same_rows(case, data, tokens):
+    layer = data.draw(layers(case, scrambled=True, batch=(tokens, 4)))
+    rows = layer.apply(x=layer.x.flatten(0, 1))
+    assert rows.shape == (tokens * 4, layer.W.shape[0])
+    close(layer.apply(), rows.unflatten(0, (tokens, 4)))
+    close(layer.apply(x=layer.x.mT.contiguous().mT), layer.apply())
+    if tokens:
+        close(layer.apply(x=layer.x[0, 0]), layer.apply()[0, 0])
+
+
+@EACH_CASE
+@given(seed=seeds)
+def test_init_depends_on_nothing_but_seed_site_and_config(case, seed):
+    wide = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 5), "b": torch.nn.Linear(5, 4)})
+    cfg = case.config(2)
+    everything = lf.init(wide, cfg, seed=seed)
+    torch.rand(3)
+    again = lf.init(wide, cfg, seed=seed)
+    assert all(torch.equal(leaf, again[key]) for key, leaf in everything.items())
+    alone = lf.init(torch.nn.ModuleDict({"b": wide["b"]}), cfg, seed=seed)
+    assert alone.keys() == {key for key in everything if key.startswith("b.")}
+    assert all(torch.equal(leaf, everything[key]) for key, leaf in alone.items())
+
+
+@EACH_CASE
+def test_one_graph_serves_every_adapter_of_the_same_shapes(case):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(make_layer(case).variant.apply, fullgraph=True, backend=counter)
+    for seed in range(3):
+        layer = make_layer(case, seed=seed, scrambled=True)
+        close(compiled(layer.W, layer.leaves, layer.x), layer.apply())
+    assert counter.frame_count == 1
+
+
+@EACH_CASE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_leaves_learn_on_a_half_precision_layer(case, dtype):
+    layer = make_layer(case, scrambled=True, dtype=dtype, leaf_dtype=torch.float32)
+    assert layer.apply().dtype == dtype
+    gradients = torch.func.grad(lambda leaves: layer.apply(leaves).float().square().sum())(
+        layer.trained
+    )
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32, name
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
+
+
+@EACH_CASE
+@given(d_in=dims, d_out=dims, seed=seeds, adapters=st.integers(1, 4))
+def test_unstack_undoes_stack(case, d_in, d_out, seed, adapters):
+    module = torch.nn.Linear(d_in, d_out)
+    cfg = case.config(1)
+    made = [lf.init(module, cfg, seed=seed + i) for i in range(adapters)]
+    again = lf.unstack(lf.stack(made))
+    assert len(again) == adapters
+    for one, other in zip(made, again, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)

@@ -1,0 +1,87 @@
+"""The probe in a small mode, on a tiny model that lies in a folder."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+import lora_func as lf
+
+spec = importlib.util.spec_from_file_location(
+    "probe", Path(__file__).parent.parent / "examples" / "probe.py"
+)
+probe = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(probe)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=3, **sizes)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def run(tiny, tmp_path, *arguments):
+    small = ["--model", str(tiny), "--packages", "3", "--most", "40", "--length", "16"]
+    rest = ["--batch-size", "8", "--epochs", "3", "--plot", str(tmp_path / "probe.png")]
+    return probe.main([*small, *rest, *arguments])
+
+
+def test_every_check_passes(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path, "--variants", "all") == 0
+    shown = capsys.readouterr()
+    assert "passed" in shown.out
+    assert "failed" not in shown.out
+    assert (tmp_path / "probe.png").stat().st_size > 10_000
+
+
+def broken_gradient(monkeypatch):
+    """An adapter that is put in place, and never trained."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+
+
+def broken_target(monkeypatch):
+    """A config that reaches one layer too few."""
+    cfg = lf.LoRA(r=8, layers=probe.LAST_LAYERS, exclude_modules="query")
+    monkeypatch.setitem(probe.VARIANTS, "lora", [cfg, probe.HEAD])
+
+
+def broken_start(monkeypatch):
+    """A start that is not the base model."""
+    init = lf.init
+
+    def shifted(*args, **kwargs):
+        params = init(*args, **kwargs)
+        return {k: (v + 0.1).detach().requires_grad_(v.requires_grad) for k, v in params.items()}
+
+    monkeypatch.setattr(lf, "init", shifted)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "complaint"),
+    [
+        (broken_gradient, "leaves that never moved"),
+        (broken_target, "targets differ"),
+        (broken_start, "the start is not the base model"),
+    ],
+)
+def test_a_dead_adapter_fails(tiny, tmp_path, capsys, monkeypatch, breaks, complaint):
+    breaks(monkeypatch)
+    assert run(tiny, tmp_path, "--variants", "lora") == 1
+    assert f"lora: {complaint}" in capsys.readouterr().err
+
+
+def test_an_unknown_variant_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        probe.main(["--variants", "lora,nothing"])
+    assert "no variants ['nothing']; there are head, lora" in capsys.readouterr().err

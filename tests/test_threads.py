@@ -1,0 +1,111 @@
+"""One thread on one model object; as many as there are skeletons."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import lora_func as lf
+from tests.models import batch_for, make
+from tests.test_call import assert_same, snapshot
+from tests.test_models import adapter
+
+
+class Gate(nn.Module):
+    """A layer that waits inside its forward pass until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        self.inside.set()
+        assert self.go.wait(60)
+        return x
+
+
+@pytest.fixture
+def busy():
+    """A model that another thread is running, stopped in the middle."""
+    gate = Gate()
+    model = nn.Sequential(nn.Linear(4, 4), gate, nn.Sequential(nn.Linear(4, 4)))
+    params, x = adapter(model, r=2), torch.randn(3, 4)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lf.fcall, model, params, x)
+        assert gate.inside.wait(60)
+        yield model, params, x
+        gate.go.set()
+        running.result(60)
+
+
+def test_a_second_thread_is_refused(busy):
+    model, params, x = busy
+    before = snapshot(model)
+    with pytest.raises(lf.ConcurrentCallError, match=r"another thread.*skeleton\(model\)"):
+        lf.fcall(model, params, x)
+    with pytest.raises(lf.ConcurrentCallError), lf.adapted(model, params):
+        pass
+    assert_same(before, model)
+
+
+def test_a_part_of_the_model_is_the_model(busy):
+    model, _, x = busy
+    part = model[2]
+    with pytest.raises(lf.ConcurrentCallError):
+        lf.fcall(part, lf.init(part, lf.LoRA(r=1)), x)
+
+
+def test_no_skeleton_of_a_running_model(busy):
+    model, _, _ = busy
+    with pytest.raises(
+        lf.ConcurrentCallError, match=r"skeleton\(Sequential\): the model is running"
+    ):
+        lf.skeleton(model)
+
+
+def test_another_model_is_free(busy):
+    _, _, x = busy
+    other = nn.Sequential(nn.Linear(4, 4))
+    lf.fcall(other, lf.init(other, lf.LoRA(r=1)), x)
+
+
+def test_the_model_is_free_afterwards():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    with ThreadPoolExecutor(1) as pool:
+        ours = pool.submit(lf.fcall, model, params, x).result(60)
+    assert torch.equal(lf.fcall(model, params, x), ours)
+
+
+def test_a_skeleton_shares_every_tensor_and_no_module():
+    model = make("bert")
+    copy = lf.skeleton(model)
+    assert not {id(m) for m in model.modules()} & {id(m) for m in copy.modules()}
+    ours, theirs = model.state_dict(keep_vars=True), copy.state_dict(keep_vars=True)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key] is theirs[key] for key in ours)
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_eight_threads_on_eight_skeletons_give_the_serial_results(vmapped):
+    model = make("bert")
+    batch, adapters = batch_for(model), [adapter(model, seed=seed) for seed in range(8)]
+    run = torch.vmap(lf.fcall, in_dims=(None, 0, None)) if vmapped else lf.fcall
+    inputs = [lf.stack([one]) for one in adapters] if vmapped else adapters
+    serial = [run(model, one, batch).detach() for one in inputs]
+    before = snapshot(model)
+    kernels = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+    with ThreadPoolExecutor(8) as pool:
+        work = [(lf.skeleton(model), one) for one in inputs for _ in range(5)]
+        losses = [
+            job.result(120).detach() for job in [pool.submit(run, m, one, batch) for m, one in work]
+        ]
+    assert kernels == (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
+    for i, loss in enumerate(losses):
+        torch.testing.assert_close(loss, serial[i // 5])
+    assert_same(before, model)

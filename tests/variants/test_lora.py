@@ -1,0 +1,130 @@
+"""LoRA against its formula in dense matrices, and against PEFT."""
+
+import math
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import nn
+
+import lora_func as lf
+from lora_func.variants import lora
+from tests.cases import Case, make_layer
+from tests.strategies import layers
+
+LORA = Case("lora", lambda r: lf.LoRA(r=r, alpha=5.0))
+
+
+@given(layer=layers(LORA, scrambled=True))
+def test_formula(layer):
+    A, B = layer.leaves["A"], layer.leaves["B"]
+    W = layer.module.weight + 5.0 / A.shape[0] * B @ A
+    torch.testing.assert_close(layer.apply(), F.linear(layer.x, W, layer.module.bias))
+    norm = layer.variant.delta_norm(layer.leaves)
+    torch.testing.assert_close(norm, torch.linalg.norm(W - layer.module.weight))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "scale"),
+    [
+        (lf.LoRA(), 2.0),
+        (lf.LoRA(r=64), 2.0),
+        (lf.LoRA(r=4, rslora=True), 2.0),
+        (lf.LoRA(r=4, alpha=6), 1.5),
+        (lf.LoRA(r=4, alpha=6, rslora=True), 3.0),
+        (lf.LoRA(r=3, alpha=1, rslora=True), 1 / math.sqrt(3)),
+    ],
+)
+def test_scale(cfg, scale):
+    assert cfg.scale == scale
+    params = lf.init(nn.Linear(64, 64), cfg, dtype=torch.float64)
+    assert params[".lora._scale"].item() == scale
+
+
+def test_start():
+    leaves = lf.init(nn.Linear(100, 80), lf.LoRA(r=50))
+    A, B = leaves[".lora.A"], leaves[".lora.B"]
+    assert A.shape == (50, 100)
+    assert B.shape == (80, 50)
+    assert not B.any()
+    assert A.abs().max() <= 0.1
+    assert A.std().item() == pytest.approx(0.1 / math.sqrt(3), rel=0.05)
+    assert A.requires_grad
+    assert B.requires_grad
+    assert not leaves[".lora._scale"].requires_grad
+
+
+def test_only_the_product_matters():
+    layer = make_layer(LORA, scrambled=True)
+    Q = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64)).Q
+    turned = {"A": Q @ layer.leaves["A"], "B": layer.leaves["B"] @ Q.T}
+    torch.testing.assert_close(layer.apply(turned), layer.apply())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r: got 0, expected an integer of at least 1"),
+        ({"r": 2.0}, r"r: got 2\.0, expected an integer"),
+        ({"r": True}, "r: got True"),
+        ({"alpha": 0}, "alpha: got 0, expected a finite number above 0"),
+        ({"alpha": math.inf}, "alpha: got inf"),
+        ({"alpha": math.nan}, "alpha: got nan"),
+        ({"rank_pattern": {"q": 0}}, "r: got 0"),
+        ({"alpha_pattern": {"q": -1.0}}, r"alpha: got -1\.0"),
+        ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lf.LoRA(**settings)
+
+
+def test_refuses_a_rank_above_the_smaller_side():
+    model = nn.Sequential(nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"0: lora: r = 4 exceeds min\(d_out, d_in\) = 3"):
+        lf.init(model, lf.LoRA(r=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize("r", [1, 3, 8])
+def test_parity_with_peft(dtype, bias, rslora, r):
+    base = nn.Sequential(nn.Linear(48, 64, bias=bias)).to(dtype)
+    params = lf.init(base, lf.LoRA(r=r, alpha=5.0, rslora=rslora), dtype=dtype)
+    trained, _ = lf.partition(params)
+    for leaf in trained.values():
+        leaf.data.normal_()
+    x = torch.randn(2, 7, 48, dtype=dtype, requires_grad=True)
+    y = lf.fcall(base, params, x)
+    merged = merged_weight(base[0], params)
+
+    config = peft.LoraConfig(r=r, lora_alpha=5.0, use_rslora=rslora, target_modules=["0"])
+    theirs = peft.get_peft_model(base, config).base_model.model[0]
+    pair = theirs.lora_A["default"].to(dtype), theirs.lora_B["default"].to(dtype)
+    for module, leaf in zip(pair, trained.values(), strict=True):
+        module.weight.data.copy_(leaf.data)
+    their_x = x.detach().clone().requires_grad_()
+    their_y = theirs(their_x)
+
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert relative(y, their_y) <= tolerance
+    weights = torch.randn_like(y)
+    ours = torch.autograd.grad((y * weights).sum(), [*trained.values(), x])
+    theirs_ = torch.autograd.grad((their_y * weights).sum(), [m.weight for m in pair] + [their_x])
+    for gradient, their_gradient in zip(ours, theirs_, strict=True):
+        assert relative(gradient, their_gradient) <= tolerance
+    theirs.merge()
+    assert relative(merged, theirs.get_base_layer().weight) <= tolerance
+
+
+def merged_weight(layer, params):
+    leaves = {key.rsplit(".", 1)[1]: leaf for key, leaf in params.items()}
+    return lora.weight(layer.weight, leaves)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
