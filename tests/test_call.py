@@ -236,7 +236,9 @@ def test_layers_that_are_replaced_or_quantised_later_are_seen():
     model, x = mlp(), torch.randn(3, 4)
     params = adapter(model, r=2)
     lf.fcall(model, params, x)
+    replaced = model[2]
     model[2] = nn.Linear(6, 2)
+    assert replaced is not model[2]
     torch.testing.assert_close(lf.fcall(model, params, x), merged(model, params)(x))
     model[2] = nn.Identity()
     with pytest.raises(TypeError, match=r"2: lora adapts torch\.nn\.Linear.*found Identity"):
