@@ -8,6 +8,8 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args, overload
 
 T = TypeVar("T")
 
+ALL_LINEAR = "all-linear"
+
 Patterns: TypeAlias = str | Sequence[str]
 Role: TypeAlias = Literal["reader", "writer", "inner"]
 
@@ -57,7 +59,7 @@ class LinearConfig(AdapterConfig):
             stands in its block.
     """
 
-    target_modules: Patterns = "all-linear"
+    target_modules: Patterns = ALL_LINEAR
     exclude_modules: Patterns = ()
     target_roles: Role | Sequence[Role] = ()
 
@@ -70,6 +72,11 @@ class LinearConfig(AdapterConfig):
                 raise ValueError(f"target_roles: got {role!r}, expected any of {get_args(Role)}")
         if not as_tuple(self.target_modules):
             raise ValueError('target_modules: got no pattern; "all-linear" adapts every layer')
+
+    def site_patterns(self) -> dict[str, tuple[str, ...]]:
+        """Return the patterns of the modules to adapt."""
+        patterns = as_tuple(self.target_modules)
+        return {"target_modules": tuple(p for p in patterns if p != ALL_LINEAR)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,10 @@ class ParameterConfig(AdapterConfig):
         check_patterns("target_parameters", self.target_parameters)
         if not as_tuple(self.target_parameters):
             raise ValueError('target_parameters: got no pattern; ".*" trains every parameter')
+
+    def site_patterns(self) -> dict[str, tuple[str, ...]]:
+        """Return the patterns of the parameters to train."""
+        return {"target_parameters": as_tuple(self.target_parameters)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +146,9 @@ class LowRankConfig(LinearConfig):
         )
 
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
-        """Return the patterns of both tables: one that matches no site is a mistake."""
-        return {"rank_pattern": (*self.rank_pattern,), "alpha_pattern": (*self.alpha_pattern,)}
+        """Return the patterns of the modules to adapt, and those of both tables."""
+        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return super().site_patterns() | {field: (*table,) for field, table in tables.items()}
 
 
 @overload

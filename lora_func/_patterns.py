@@ -18,10 +18,7 @@ def first_match(patterns: Iterable[str], path: str) -> str | None:
 
 
 def require_matches(
-    field: str,
-    patterns: Iterable[str],
-    paths: Iterable[str],
-    modules: Mapping[str, nn.Module] | None = None,
+    field: str, patterns: Iterable[str], paths: Iterable[str], others: Mapping[str, str]
 ) -> None:
     """Refuse a pattern that matches nothing.
 
@@ -29,7 +26,7 @@ def require_matches(
         field: The config's field, for the message.
         patterns: Regular expressions, searched.
         paths: What each must match one of.
-        modules: All the model's modules, to tell of one that matches but cannot be adapted.
+        others: What it does not count to match: path -> why.
 
     Raises:
         ValueError: If a pattern matches none of the paths; it names those most like it.
@@ -38,11 +35,12 @@ def require_matches(
     for pattern in patterns:
         if any(re.search(pattern, path) for path in paths):
             continue
-        others = {path: m for path, m in (modules or {}).items() if re.search(pattern, path)}
-        kinds = some(f"{path} ({kind(module)})" for path, module in others.items())
-        hint = f"; it matches {kinds}, of a kind that cannot be adapted" if others else ""
+        matched = some(
+            f"{path} ({why})" for path, why in others.items() if re.search(pattern, path)
+        )
+        hint = f", but {matched}" if matched else ""
         nearest = some(_nearest(pattern, paths))
-        raise ValueError(f"{field}: {pattern!r} matches nothing{hint}; nearest are {nearest}")
+        raise ValueError(f"{field}: {pattern!r} matches no site{hint}; nearest are {nearest}")
 
 
 def _nearest(pattern: str, paths: Sequence[str]) -> list[str]:
@@ -61,4 +59,4 @@ def some(names: Iterable[str]) -> str:
     """List the first three names and count the rest."""
     names = [*names]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more or "nothing"
+    return ", ".join(names[:3]) + more

@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lora_func._config import AdapterConfig, LinearConfig, ParameterConfig, as_tuple
+from lora_func._config import (
+    ALL_LINEAR,
+    AdapterConfig,
+    LinearConfig,
+    ParameterConfig,
+    as_tuple,
+)
 from lora_func._patterns import first_match, kind, require_matches, some
 from lora_func._roles import role_of
 from lora_func._transforms import uncompiled
@@ -16,8 +22,6 @@ from lora_func._weight import is_linear
 from lora_func.variants import by_config
 
 _log = logging.getLogger("lora_func")
-
-ALL_LINEAR = "all-linear"
 
 
 class Target(NamedTuple):
@@ -34,6 +38,12 @@ class Target(NamedTuple):
     pattern: str
     layer: int | None
     parameters: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What patterns are searched in: the path, or the full names of the parameters."""
+        prefix = f"{self.site}." if self.site else ""
+        return tuple(prefix + parameter for parameter in self.parameters) or (self.site,)
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,20 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     model = uncompiled(model)
     left_out: dict[str, str] = {}
     if isinstance(cfg, ParameterConfig):
+        names = [name for name, _ in model.named_parameters()]
         found = _trained_parameters(model, cfg)
     elif isinstance(cfg, LinearConfig):
+        names = [name for name, _ in model.named_modules()]
         found, left_out = _linear_modules(model, cfg)
     else:
         raise TypeError(
             f"{type(cfg).__name__} names no sites; derive it from LinearConfig or ParameterConfig"
         )
     sites = _of_layers(model, cfg, found)
+    kept = [name for target in sites for name in target.names]
+    others = dict.fromkeys(names, "left out by exclude_modules, target_roles or layers")
     for field, patterns in cfg.site_patterns().items():
-        require_matches(field, patterns, [target.site for target in sites])
+        require_matches(field, patterns, kept, others)
     if left_out:
         _log.info('"all-linear" left out %s', left_out)
     return Targets(tuple(sites), left_out)
@@ -104,8 +118,9 @@ def _linear_modules(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Targe
     linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear) or is_linear(m)}
     wanted, unwanted = as_tuple(cfg.target_modules), as_tuple(cfg.exclude_modules)
     patterns = [pattern for pattern in wanted if pattern != ALL_LINEAR]
-    require_matches("target_modules", patterns, linear, modules)
-    require_matches("exclude_modules", unwanted, linear)
+    kinds = {path: f"a {kind(module)}" for path, module in modules.items() if path}
+    require_matches("target_modules", patterns, linear, kinds)
+    require_matches("exclude_modules", unwanted, linear, kinds)
 
     left_out = _not_for_all_linear(model, linear) if ALL_LINEAR in wanted else {}
     found = []
@@ -179,7 +194,7 @@ def _of_roles(model: nn.Module, cfg: LinearConfig, found: Sequence[Target]) -> S
 def _trained_parameters(model: nn.Module, cfg: ParameterConfig) -> Sequence[Target]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     patterns = as_tuple(cfg.target_parameters)
-    require_matches("target_parameters", patterns, parameters)
+    require_matches("target_parameters", patterns, parameters, {})
     found: dict[str, Target] = {}
     for name, parameter in parameters.items():
         pattern = first_match(patterns, name)

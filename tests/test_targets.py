@@ -130,7 +130,7 @@ def test_all_linear_on_mixtures_of_experts(kind):
     [(1, {1}), ((0, 2), {0, 2}), (-1, {2}), ([-3, 1], {0, 1}), (range(2), {0, 1})],
 )
 def test_layers(layers, blocks):
-    found = lf.find_targets(plain(), lf.LoRA(target_modules=["all-linear", "head"], layers=layers))
+    found = lf.find_targets(plain(), lf.LoRA(layers=layers))
     assert {target.layer for target in found} == blocks
     assert len(found) == 7 * len(blocks)
 
@@ -211,19 +211,19 @@ def test_roles_outside_any_block():
     [
         (
             {"target_modules": "q_prj$"},
-            r"target_modules: 'q_prj\$' matches nothing; nearest are .*q_proj",
+            r"target_modules: 'q_prj\$' matches no site; nearest are .*q_proj",
         ),
         (
             {"target_modules": ["q_proj", "qproj"]},
-            "target_modules: 'qproj' matches nothing; nearest are .*q_proj",
+            "target_modules: 'qproj' matches no site; nearest are .*q_proj",
         ),
         (
             {"target_modules": "norm"},
-            r"'norm' matches nothing; it matches .*norm \(transformers.*Qwen3RMSNorm\)",
+            r"'norm' matches no site, but .*norm \(a transformers.*Qwen3RMSNorm\)",
         ),
         (
             {"exclude_modules": "lmhead"},
-            "exclude_modules: 'lmhead' matches nothing; nearest are lm_head",
+            "exclude_modules: 'lmhead' matches no site; nearest are lm_head",
         ),
         (
             {"exclude_modules": "."},
@@ -231,9 +231,17 @@ def test_roles_outside_any_block():
         ),
         (
             {"rank_pattern": {"q_porj": 4}},
-            "rank_pattern: 'q_porj' matches nothing; nearest are .*q_proj",
+            "rank_pattern: 'q_porj' matches no site; nearest are .*q_proj",
         ),
-        ({"alpha_pattern": {"lm_head": 4.0}}, "alpha_pattern: 'lm_head' matches nothing"),
+        ({"alpha_pattern": {"lm_head": 4.0}}, "alpha_pattern: 'lm_head' matches no site"),
+        (
+            {"target_modules": ["q_proj", "lm_head"], "layers": 0},
+            r"target_modules: 'lm_head' matches no site, but lm_head \(left out by exclude_modules",
+        ),
+        (
+            {"target_modules": ["q_proj", "v_proj"], "exclude_modules": "v_"},
+            r"target_modules: 'v_proj' matches no site, but .*v_proj \(left out by exclude_modules",
+        ),
         ({"layers": 5}, r"layers: no site in layer 5; there are sites in layers \[0, 1\]"),
         ({"layers": [0, -3]}, "layers: no site in layer -3"),
         ({"layers": []}, "layers: got an empty sequence"),

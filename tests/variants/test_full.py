@@ -96,7 +96,7 @@ def test_integers_are_refused():
 @pytest.mark.parametrize(
     ("patterns", "error", "message"),
     [
-        ("nothing", ValueError, "target_parameters: 'nothing' matches nothing; nearest are"),
+        ("nothing", ValueError, "target_parameters: 'nothing' matches no site; nearest are"),
         ([], ValueError, "target_parameters: got no pattern"),
         ("(", ValueError, r"target_parameters: '\(' is no regular expression"),
         ([3], TypeError, "target_parameters: got 3, expected a regular expression"),
