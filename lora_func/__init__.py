@@ -4,14 +4,14 @@
 """
 
 from lora_func._call import adapted, fcall
-from lora_func._config import LinearConfig, LowRankConfig, ParameterConfig
-from lora_func._errors import ConcurrentCallError, UnreachedSiteError
+from lora_func._config import AdapterConfig, LinearConfig, LowRankConfig, ParameterConfig
+from lora_func._errors import BusyModelError, UnusedLeafError
 from lora_func._init import init
 from lora_func._keys import partition
+from lora_func._running import skeleton
 from lora_func._stack import stack, unstack
 from lora_func._summary import summary
 from lora_func._targets import find_targets
-from lora_func._threads import skeleton
 from lora_func._types import Params, Variant
 from lora_func._weight import Affine, Weight, dense, linear
 from lora_func.variants import register
@@ -19,15 +19,16 @@ from lora_func.variants.full import Full
 from lora_func.variants.lora import LoRA
 
 __all__ = [
+    "AdapterConfig",
     "Affine",
-    "ConcurrentCallError",
+    "BusyModelError",
     "Full",
     "LinearConfig",
     "LoRA",
     "LowRankConfig",
     "ParameterConfig",
     "Params",
-    "UnreachedSiteError",
+    "UnusedLeafError",
     "Variant",
     "Weight",
     "adapted",

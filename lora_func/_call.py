@@ -7,17 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_func._errors import UnreachedSiteError
+from lora_func._errors import UnusedLeafError
 from lora_func._inject import injected
-from lora_func._types import Params
+from lora_func._modules import named_parameters
 
 
 def fcall(
     model: nn.Module,
-    params: Params,
+    params: Mapping[str, Tensor],
     batch: Any,
     *,
     loss_fn: Callable[[Any, Any], Any] | None = None,
+    strict: bool = True,
 ) -> Any:
     """Call a frozen model with an adapter: a pure function of the adapter.
 
@@ -31,20 +32,19 @@ def fcall(
         batch: A mapping becomes keyword arguments, a tuple or list positional ones, a tensor the
             only one.
         loss_fn: Called as ``loss_fn(output, batch)``.
+        strict: Whether a leaf that had no part in the call is an error. False is for models that
+            drop layers at random or by their input.
 
     Returns:
-        What loss_fn returns; without one ``output.loss`` where the output has it, else the output
-        itself.
+        What loss_fn returns; without one ``output.loss`` where the output has it, else the output.
 
     Raises:
-        TypeError: If batch is of another kind, or a variant cannot adapt the module that a key
-            names.
+        TypeError: If batch is of another kind, or a variant cannot adapt a module.
         KeyError: If a key names no module of the model, or no variant.
-        ValueError: If two variants name one module.
+        ValueError: If two variants name one module, or a leaf has not its parameter's shape.
         RuntimeError: If activation checkpointing is on.
-        ConcurrentCallError: If another thread is running this model with an adapter; see
-            ``skeleton``.
-        UnreachedSiteError: If an adapted module never ran.
+        BusyModelError: If the model is already running with an adapter; see ``skeleton``.
+        UnusedLeafError: If an adapted module never ran, or a variant has no such leaf.
 
     Example:
         >>> import torch, lora_func as lf
@@ -54,14 +54,16 @@ def fcall(
         >>> (gradient,) = torch.autograd.grad(loss, params["0.lora.B"])
     """
     args, kwargs = _arguments(batch)
-    frozen = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    with injected(model, params) as unreached:
-        output = functional_call(model, frozen, args, kwargs) if frozen else model(*args, **kwargs)
-    if unreached:
-        raise UnreachedSiteError(
-            f"{len(unreached)} adapted modules never ran in this call, such as {min(unreached)!r}, "
-            "so their adapters had no effect: the model skips them or reads their weights past "
-            "them; leave them out of the adapter"
+    trainable = {name: p for name, p in named_parameters(model) if p.requires_grad}
+    with injected(model, params) as unused:
+        base = named_parameters(model) if trainable else ()
+        frozen = {name: p.detach() for name, p in base if p is trainable.get(name)}
+        output = functional_call(model, frozen, args, kwargs, tie_weights=False)
+    if strict and unused:
+        raise UnusedLeafError(
+            f"{len(unused)} leaves had no part in this call, such as {min(unused)!r}: the model "
+            "skips the layer or reads its weight past it, or the variant has no such leaf; leave "
+            "them out of the adapter, or pass strict=False"
         )
     if loss_fn is not None:
         return loss_fn(output, batch)
@@ -70,11 +72,12 @@ def fcall(
 
 
 @contextmanager
-def adapted(model: nn.Module, params: Params) -> Iterator[nn.Module]:
+def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """Run a model with an adapter inside a ``with`` block, for ``generate()`` and evaluation.
 
-    It is the injection of ``fcall`` without the call: parameters of the base that require grad get
-    gradients, and a module that never runs is no error.
+    It is the injection of ``fcall`` without the call: base parameters that require grad get
+    gradients, a leaf without a part is no error, and transforms that begin inside find nothing
+    switched for them.
 
     Args:
         model: The model; afterwards it is what it was, whatever happened.

@@ -27,11 +27,14 @@ class AdapterConfig:
     layers: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        layers = () if self.layers is None else as_tuple(self.layers)
-        for layer in layers:
+        if self.layers is None:
+            return
+        if not isinstance(self.layers, (int, Sequence)):
+            raise TypeError(f"layers: got {self.layers!r}, expected an int or a sequence of ints")
+        for layer in as_tuple(self.layers):
             if isinstance(layer, bool) or not isinstance(layer, int):
                 raise TypeError(f"layers: got {layer!r}, expected an int or a sequence of ints")
-        if self.layers is not None and not layers:
+        if not as_tuple(self.layers):
             raise ValueError("layers: got an empty sequence; leave it None to adapt every layer")
 
     def at(self, site: str) -> Self:
@@ -67,7 +70,8 @@ class LinearConfig(AdapterConfig):
         super().__post_init__()
         check_patterns("target_modules", self.target_modules)
         check_patterns("exclude_modules", self.exclude_modules)
-        for role in as_tuple(self.target_roles):
+        roles = self.target_roles
+        for role in as_tuple(roles) if isinstance(roles, Sequence) else (roles,):
             if role not in get_args(Role):
                 raise ValueError(f"target_roles: got {role!r}, expected any of {get_args(Role)}")
         if not as_tuple(self.target_modules):
@@ -115,19 +119,22 @@ class LowRankConfig(LinearConfig):
 
     r: int = 8
     alpha: float | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            check_patterns("rank_pattern and alpha_pattern", pattern)
+        for field_name, table in self._tables().items():
+            if not isinstance(table, Mapping):
+                raise TypeError(f"{field_name}: got {table!r}, expected a dict of patterns")
+            check_patterns(field_name, (*table,))
         for r in (self.r, *self.rank_pattern.values()):
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ValueError(f"r: got {r!r}, expected an integer of at least 1")
-        alphas = self.alpha_pattern.values()
+        alphas = [*self.alpha_pattern.values()]
         for alpha in alphas if self.alpha is None else (self.alpha, *alphas):
-            if not (math.isfinite(alpha) and alpha > 0):
+            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+            if not (number and math.isfinite(alpha) and alpha > 0):
                 raise ValueError(f"alpha: got {alpha!r}, expected a finite number above 0")
 
     @property
@@ -147,8 +154,11 @@ class LowRankConfig(LinearConfig):
 
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
         """Return the patterns of the modules to adapt, and those of both tables."""
-        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return super().site_patterns() | {field: (*table,) for field, table in tables.items()}
+        tables = {name: (*table,) for name, table in self._tables().items()}
+        return super().site_patterns() | tables
+
+    def _tables(self) -> dict[str, Mapping[str, float]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
 
 @overload
@@ -167,6 +177,8 @@ def check_patterns(field_name: str, patterns: Patterns) -> None:
         TypeError: If a pattern is not a string.
         ValueError: If a pattern is not a valid regular expression.
     """
+    if not isinstance(patterns, Sequence):
+        raise TypeError(f"{field_name}: got {patterns!r}, expected a regular expression or several")
     for pattern in as_tuple(patterns):
         if not isinstance(pattern, str):
             raise TypeError(f"{field_name}: got {pattern!r}, expected a regular expression")

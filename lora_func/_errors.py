@@ -1,9 +1,9 @@
 """The exceptions of our own; everything else is ValueError, TypeError or KeyError."""
 
 
-class ConcurrentCallError(RuntimeError):
-    """Two threads tried to adapt one model object at the same time."""
+class BusyModelError(RuntimeError):
+    """The model is already running with an adapter, in another thread or around this call."""
 
 
-class UnreachedSiteError(RuntimeError):
-    """A call finished without ever running an adapted layer, so its adapter had no effect."""
+class UnusedLeafError(RuntimeError):
+    """A call finished without using some leaf, as when its layer never ran."""

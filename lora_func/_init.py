@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lora_func._config import AdapterConfig
 from lora_func._keys import SHARED, Key
+from lora_func._modules import uncompiled
 from lora_func._targets import Target, find_targets
-from lora_func._transforms import uncompiled
 from lora_func._types import Params, Variant
 from lora_func._weight import affine
 from lora_func.variants import by_config
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def init(
@@ -55,8 +58,12 @@ def init(
         >>> list(lf.init(model, cfg))
         ['0.lora.A', '0.lora.B', '0.lora._scale', '1.full.weight', '1.full.bias']
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: got {dtype}, expected a floating-point type")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {seed!r}, expected an int")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
     model = uncompiled(model)
     configs = (cfg,) if isinstance(cfg, AdapterConfig) else tuple(cfg)
     if not configs:
@@ -88,7 +95,8 @@ def _leaves(
     ):
         generator = _generator(seed, site, variant.name)
         try:
-            made = variant.init(W, cfg.at(site), generator, None)
+            with torch.device("cpu"):
+                made = variant.init(W, cfg.at(site), generator, None)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{site}: {variant.name}: {error}") from error
@@ -101,10 +109,8 @@ def _frozen(model: nn.Module, target: Target) -> Any:
     module = model.get_submodule(target.site)
     own = {name: getattr(module, name) for name in target.parameters}
     for tensor in own.values() or (affine(module).weight,):
-        if tensor.is_meta:
-            raise ValueError(
-                f"{target.site}: its weight is on the meta device, without data; load the model"
-            )
+        if tensor.is_meta or is_lazy(tensor):
+            raise ValueError(f"{target.site}: its weight has no data yet; load the model first")
         if not tensor.is_floating_point():
             raise TypeError(
                 f"{target.site}: its weight is {tensor.dtype}; accepted are floating-point weights"
@@ -114,7 +120,7 @@ def _frozen(model: nn.Module, target: Target) -> Any:
 
 def _generator(seed: int, site: str, variant: str) -> Generator:
     digest = hashlib.sha256(f"{seed}/{site}/{variant}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Tensor:

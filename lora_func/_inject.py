@@ -1,19 +1,17 @@
 """Putting an adapter into a live model for the length of a call, and taking it out again."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from lora_func._modules import identities, uncompiled
 from lora_func._plan import Plan, Site, plan_of
-from lora_func._threads import owned
-from lora_func._transforms import environment, uncompiled
-from lora_func._types import Params
+from lora_func._running import exclusively
+from lora_func._transforms import environment
 from lora_func._weight import affine
-
-Forward: TypeAlias = Callable[..., Any]
 
 _ABSENT = object()
 
@@ -21,8 +19,23 @@ Slot: TypeAlias = tuple[dict[str, Any], str, Any]
 """A dict, a key in it, and the value to put there."""
 
 
+class _Watched(dict[str, Tensor]):
+    """A dict that strikes what is read from it off a list."""
+
+    def __init__(
+        self, values: Mapping[str, Tensor], keys: Mapping[str, str], unused: set[str]
+    ) -> None:
+        super().__init__(values)
+        self._keys = keys
+        self._unused = unused
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._unused.discard(self._keys.get(name, ""))
+        return super().__getitem__(name)
+
+
 @contextmanager
-def injected(model: nn.Module, params: Params) -> Iterator[set[str]]:
+def injected(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[set[str]]:
     """Put an adapter into a model; afterwards the model is what it was, whatever happened.
 
     Args:
@@ -30,25 +43,28 @@ def injected(model: nn.Module, params: Params) -> Iterator[set[str]]:
         params: The adapter.
 
     Yields:
-        The paths of the sites that have not run yet.
+        The keys that nothing has read yet; while compiling always none.
 
     Raises:
         KeyError: If a key names no module of the model or no variant.
         TypeError: If a variant cannot adapt the module that a key names.
-        ValueError: If two variants name one module.
+        ValueError: If two variants name one module, or a leaf has not its parameter's shape.
         RuntimeError: If activation checkpointing is on.
-        ConcurrentCallError: If another thread is running this model with an adapter.
+        BusyModelError: If the model is already running with an adapter.
     """
     plan = plan_of(uncompiled(model), params)
-    unreached = {site.path for site in plan.sites}
-    forwards = [_slot(site, params, unreached) for site in plan.sites]
     if torch.compiler.is_compiling():
-        with _put(forwards):
+        with _put(slot for site in plan.sites for slot in _slots(site, params, None)):
             yield set()
-    else:
-        _refuse_checkpointing(plan)
-        with owned(plan.modules), environment(plan.fast_path), _put(forwards):
-            yield unreached
+        return
+    _refuse_checkpointing(plan)
+    unused = {key for site in plan.sites for key in site.keys.values()}
+    with (
+        exclusively(identities(plan.structure)),
+        environment(plan.fast_path),
+        _put(slot for site in plan.sites for slot in _slots(site, params, unused)),
+    ):
+        yield unused
 
 
 @contextmanager
@@ -68,65 +84,64 @@ def _put(slots: Iterable[Slot]) -> Iterator[None]:
                 place[name] = value
 
 
-def _slot(site: Site, params: Params, unreached: set[str]) -> Slot:
+def _slots(site: Site, params: Mapping[str, Tensor], unused: set[str] | None) -> Iterator[Slot]:
+    """What to write where for one site; with a set to strike the keys off that are read."""
     module = site.module()
     assert module is not None
     leaves = {
         leaf: params[key].detach() if leaf.startswith("_") else params[key]
         for leaf, key in site.keys.items()
     }
-    # accelerate's hooks live in "forward" and call "_old_forward"
-    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    found = module.__dict__.get(name)
-    if getattr(found, "__module__", __name__) == __name__:  # nothing, or an outer injection
-        found = None
     if site.variant.parameters is not None:
-        run = _with_parameters(module, found or type(module).forward.__get__(module), site, leaves)
-    elif found is None or name == "_old_forward":
-        run = _with_activations(module, site, leaves)
-    else:
-        raise TypeError(
-            f"{site.path}: its forward was replaced on the instance, by {found!r}, which "
-            f"{site.variant.name} would bypass; remove that, or leave the site out of the adapter"
-        )
-    return module.__dict__, name, _reporting(run, site, unreached)
+        own: dict[str, Any] = module._parameters
+        replaced = site.variant.parameters(own, leaves)
+        _refuse_other_shapes(site, own, replaced)
+        if unused is None:
+            yield from ((own, name, tensor) for name, tensor in replaced.items())
+        else:
+            yield module.__dict__, "_parameters", _Watched(own | replaced, site.keys, unused)
+        return
+    if unused is not None:
+        leaves = _Watched(leaves, site.keys, unused)
+    yield module.__dict__, _slot_name(module, site), _adapted_forward(module, site, leaves)
 
 
-def _with_activations(module: nn.Module, site: Site, leaves: dict[str, Tensor]) -> Forward:
+def _adapted_forward(
+    module: nn.Module, site: Site, leaves: Mapping[str, Tensor]
+) -> Callable[[Tensor], Tensor]:
     apply = site.variant.apply
 
     def forward(input: Tensor) -> Tensor:
-        return apply(affine(module), leaves, input)
-
-    return forward
-
-
-def _with_parameters(
-    module: nn.Module, original: Forward, site: Site, leaves: dict[str, Tensor]
-) -> Forward:
-    own: dict[str, Any] = module._parameters
-    parameters = site.variant.parameters
-    assert parameters is not None
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _put((own, name, tensor) for name, tensor in parameters(own, leaves).items()):
-            return original(*args, **kwargs)
-
-    return forward
-
-
-def _reporting(run: Forward, site: Site, unreached: set[str]) -> Forward:
-    """Note that the site ran, and name it in whatever goes wrong there."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        unreached.discard(site.path)
         try:
-            return run(*args, **kwargs)
+            return apply(affine(module), leaves, input)
         except Exception as error:
             error.add_note(f"in the {site.variant.name} adapter of {site.path!r}")
             raise
 
     return forward
+
+
+def _slot_name(module: nn.Module, site: Site) -> str:
+    if "_old_forward" in module.__dict__:  # accelerate's hooks live in "forward" and call this one
+        return "_old_forward"
+    if "forward" in module.__dict__:
+        raise TypeError(
+            f"{site.path}: its forward was replaced on the instance, by "
+            f"{module.__dict__['forward']!r}, which {site.variant.name} would bypass; remove that, "
+            "or leave the site out of the adapter"
+        )
+    return "forward"
+
+
+def _refuse_other_shapes(
+    site: Site, own: Mapping[str, Tensor], replaced: Mapping[str, Tensor]
+) -> None:
+    for name, tensor in replaced.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{site.keys[name]}: got shape {tuple(tensor.shape)}, the parameter has "
+                f"{tuple(own[name].shape)}; a stack of adapters goes through torch.vmap"
+            )
 
 
 def _refuse_checkpointing(plan: Plan) -> None:

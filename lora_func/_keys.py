@@ -1,7 +1,9 @@
 """The grammar of an adapter's keys: ``{site}.{variant}.{leaf}``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
+
+from torch import Tensor
 
 from lora_func._types import Params
 
@@ -66,7 +68,7 @@ def group(keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
     }
 
 
-def partition(params: Params) -> tuple[Params, Params]:
+def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
     """Split an adapter into what is trained and what is not.
 
     ``{**trained, **constants}`` joins it again.

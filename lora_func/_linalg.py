@@ -13,11 +13,14 @@ def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
         Shape (rows, columns), float32.
     """
     bound = columns**-0.5
-    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+    drawn = torch.empty(rows, columns, dtype=torch.float32, device=generator.device)
+    return drawn.uniform_(-bound, bound, generator=generator)
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """Compute ``s x Aᵀ Bᵀ`` in the dtype of x, never through the matrix B A.
+    """Compute ``x Aᵀ (s B)ᵀ`` in the dtype of x, never through the matrix B A.
+
+    The scale goes into B in the leaves' dtype: on the activations it could overflow in float16.
 
     Args:
         x: Shape (..., d_in).
@@ -28,7 +31,7 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return F.linear(F.linear(x, A.to(x.dtype)) * scale.to(x.dtype), B.to(x.dtype))
+    return F.linear(F.linear(x, A.to(x.dtype)), (B * scale.to(B.dtype)).to(x.dtype))
 
 
 def low_rank_norm(A: Tensor, B: Tensor, scale: Tensor) -> Tensor:

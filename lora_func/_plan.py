@@ -1,15 +1,16 @@
 """What the keys of an adapter mean in a model: parsed once, then looked up."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_func._keys import group
+from lora_func._keys import RANK, group
+from lora_func._modules import Structure, structure
 from lora_func._transforms import has_fast_path
-from lora_func._types import Params, Variant
+from lora_func._types import Variant
 from lora_func._weight import is_linear
 from lora_func.variants import by_name
 
@@ -34,14 +35,14 @@ class Plan(NamedTuple):
     """The layout of an adapter in a model: what its keys say, read once.
 
     Attributes:
-        modules: The id of every module of the model when the plan was made.
+        structure: The modules of the model when the plan was made.
         sites: The adapted modules.
         checkpointing: The modules that can recompute their part of the model in the backward pass,
             weakly.
         fast_path: Whether the model has layers with a fused inference kernel.
     """
 
-    modules: frozenset[int]
+    structure: Structure
     sites: tuple[Site, ...]
     checkpointing: tuple[Callable[[], nn.Module | None], ...]
     fast_path: bool
@@ -51,7 +52,7 @@ _plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Plan]]
 _plans = weakref.WeakKeyDictionary()
 
 
-def plan_of(model: nn.Module, params: Params) -> Plan:
+def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
     """Return the layout of an adapter in a model.
 
     Args:
@@ -73,26 +74,17 @@ def plan_of(model: nn.Module, params: Params) -> Plan:
     plan = plans.get(keys)
     if (
         plan is None
-        or plan.modules != identities(model)
+        or plan.structure != structure(model)
         or any(s.module() is None for s in plan.sites)
     ):
         plan = plans[keys] = _make_plan(model, params)
     return plan
 
 
-def identities(model: nn.Module) -> frozenset[int]:
-    """Return the ids of a model's modules: those of ``modules()``, at a fraction of its cost."""
-    found, pending = set(), [model]
-    while pending:
-        module = pending.pop()
-        found.add(id(module))
-        pending.extend(child for child in module._modules.values() if child is not None)
-    return frozenset(found)
-
-
-def _make_plan(model: nn.Module, params: Params) -> Plan:
+def _make_plan(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
     sites: dict[int, Site] = {}
     for (path, variant_name), keys in group(params).items():
+        keys.pop(RANK, None)
         site = _site(model, path, by_name(variant_name), keys)
         module = site.module()
         if id(module) in sites:
@@ -105,7 +97,7 @@ def _make_plan(model: nn.Module, params: Params) -> Plan:
     checkpointing = tuple(
         weakref.ref(m) for m in model.modules() if hasattr(m, "gradient_checkpointing")
     )
-    return Plan(identities(model), tuple(sites.values()), checkpointing, has_fast_path(model))
+    return Plan(structure(model), tuple(sites.values()), checkpointing, has_fast_path(model))
 
 
 def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -> Site:

@@ -1,6 +1,6 @@
 """Stacks: K adapters as one dict with a leading axis, for ``torch.vmap``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from lora_func._types import Params, rank_of
 from lora_func.variants import by_name
 
 
-def stack(adapters: Sequence[Params]) -> Params:
+def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
     """Stack adapters of the same sites and variants along a new first axis.
 
     Ranks may differ where the variant allows it: the rank axis is padded with zeros, which receive
@@ -36,6 +36,7 @@ def stack(adapters: Sequence[Params]) -> Params:
         {'.lora.A': (2, 3, 4), '.lora.B': (2, 4, 3), '.lora._scale': (2,), '.lora._rank': (2,)}
         >>> losses = torch.vmap(lf.fcall, in_dims=(None, 0, None))(model, stacked, torch.ones(5, 4))
     """
+    adapters = [*adapters]
     if not adapters:
         raise ValueError("adapters: got none")
     first = adapters[0]
@@ -71,14 +72,15 @@ def stack(adapters: Sequence[Params]) -> Params:
     return {**{key: stacked[key] for key in first}, **stacked}
 
 
-def unstack(stacked: Params) -> list[Params]:
+def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
     """Split a stack into its adapters, each of its own rank.
 
     Args:
         stacked: What ``stack`` made, possibly trained since.
 
     Returns:
-        K adapters, views of the stack; ``unstack(stack(adapters))`` equals ``adapters``.
+        K adapters, copies that gradients flow through; ``unstack(stack(adapters))`` equals
+        ``adapters``.
 
     Raises:
         ValueError: If the leaves have no common first axis.
@@ -115,8 +117,8 @@ def _cut(key: str, leaf: Tensor, ranks: Tensor | None, i: int) -> Tensor:
     _, name, leaf_name = parse(key)
     axis = by_name(name).rank_axes.get(leaf_name)
     if ranks is None or axis is None:
-        return leaf
-    return leaf.narrow(axis, 0, int(ranks[i]))
+        return leaf.clone()
+    return leaf.narrow(axis, 0, int(ranks[i])).clone(memory_format=torch.contiguous_format)
 
 
 def _stacked(key: str, leaves: Sequence[Tensor]) -> Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lora_func._keys import group, partition
-from lora_func._types import Params, rank_of
+from lora_func._types import rank_of
 from lora_func.variants import by_name
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def summary(params: Params, model: nn.Module | None = None) -> Table:
+def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Table:
     """Tabulate an adapter or a stack: one row for each site, totals below.
 
     Args:
@@ -62,9 +63,8 @@ def summary(params: Params, model: nn.Module | None = None) -> Table:
     table.columns[0].footer = f"{len(sites)} sites"
     table.columns[-2].footer = f"{total:,}"
     if model is not None:
-        table.caption = (
-            f"{total / sum(p.numel() for p in model.parameters()):.3%} of the model's parameters"
-        )
+        of_model = sum(parameter.numel() for parameter in model.parameters())
+        table.caption = f"{total / max(of_model, 1):.3%} of the model's parameters"
     return table
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_func._config import (
     ALL_LINEAR,
@@ -15,9 +16,10 @@ from lora_func._config import (
     ParameterConfig,
     as_tuple,
 )
+from lora_func._layers import layer_of, sites_in_layers
+from lora_func._modules import named_parameters, uncompiled
 from lora_func._patterns import first_match, kind, require_matches, some
 from lora_func._roles import role_of
-from lora_func._transforms import uncompiled
 from lora_func._weight import is_linear
 from lora_func.variants import by_config
 
@@ -84,26 +86,23 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
 
     Example:
         >>> import torch, lora_func as lf
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
-        ... )
-        >>> [target.site for target in lf.find_targets(model, lf.LoRA(layers=-1))]
-        ['2']
+        >>> model = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        >>> [target.site for target in lf.find_targets(model, lf.LoRA(layers=(0, -1)))]
+        ['0', '2']
     """
     by_config(cfg)
     model = uncompiled(model)
     left_out: dict[str, str] = {}
     if isinstance(cfg, ParameterConfig):
-        names = [name for name, _ in model.named_parameters()]
-        found = _trained_parameters(model, cfg)
+        names = [name for name, _ in named_parameters(model)]
+        sites = _trained_parameters(model, cfg)
     elif isinstance(cfg, LinearConfig):
         names = [name for name, _ in model.named_modules()]
-        found, left_out = _linear_modules(model, cfg)
+        sites, left_out = _linear_modules(model, cfg)
     else:
         raise TypeError(
             f"{type(cfg).__name__} names no sites; derive it from LinearConfig or ParameterConfig"
         )
-    sites = _of_layers(model, cfg, found)
     kept = [name for target in sites for name in target.names]
     others = dict.fromkeys(names, "left out by exclude_modules, target_roles or layers")
     for field, patterns in cfg.site_patterns().items():
@@ -122,14 +121,20 @@ def _linear_modules(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Targe
     require_matches("target_modules", patterns, linear, kinds)
     require_matches("exclude_modules", unwanted, linear, kinds)
 
-    left_out = _not_for_all_linear(model, linear) if ALL_LINEAR in wanted else {}
-    found = []
+    left_out = _not_for_all_linear(modules, linear) if ALL_LINEAR in wanted else {}
+    matched = []
     for path in linear:
         pattern = first_match(patterns, path)
         if pattern is None and ALL_LINEAR in wanted and path not in left_out:
             pattern = ALL_LINEAR
         if pattern is not None and first_match(unwanted, path) is None:
-            found.append(Target(path, pattern, _layer(path)))
+            matched.append(Target(path, pattern, layer_of(model, path)))
+    if not matched:
+        raise ValueError(
+            f"target_modules: {cfg.target_modules!r} less {cfg.exclude_modules!r} leaves none of "
+            f"the model's {len(linear)} linear layers; left out: {left_out}"
+        )
+    found = _of_layers(model, cfg, matched)
     for target in found:
         if not is_linear(linear[target.site]):
             raise TypeError(
@@ -137,21 +142,18 @@ def _linear_modules(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Targe
                 "transformers' Conv1D; leave it out with exclude_modules"
             )
         left_out.pop(target.site, None)
-    if not found:
-        raise ValueError(
-            f"target_modules: {cfg.target_modules!r} less {cfg.exclude_modules!r} leaves none of "
-            f"the model's {len(linear)} linear layers; left out: {left_out}"
-        )
     return _of_roles(model, cfg, found), left_out
 
 
-def _not_for_all_linear(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, str]:
-    head = _output_head(model, linear)
+def _not_for_all_linear(
+    modules: Mapping[str, nn.Module], linear: Mapping[str, nn.Module]
+) -> dict[str, str]:
+    head = {path for root in modules for path in _output_head(root, modules[root], linear)}
     reasons = {}
     for path, module in linear.items():
         if path in head:
             reasons[path] = "output head"
-        elif _is_router(model, path):
+        elif _is_router(path, modules):
             reasons[path] = "MoE router"
         elif not is_linear(module):
             reasons[path] = _foreign(module)
@@ -162,23 +164,23 @@ def _foreign(module: nn.Module) -> str:
     return f"{kind(module)} has a forward or a weight storage of its own"
 
 
-def _output_head(model: nn.Module, linear: Mapping[str, nn.Module]) -> set[str]:
+def _output_head(root: str, module: nn.Module, linear: Mapping[str, nn.Module]) -> set[str]:
     """A Hugging Face model's output embedding, else what is outside its base; others tell none."""
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    get_output_embeddings = getattr(module, "get_output_embeddings", None)
     output = get_output_embeddings() if get_output_embeddings else None
     if output is not None:
-        return {path for path, module in linear.items() if module is output}
-    base = getattr(model, "base_model_prefix", "")
-    if not base or not isinstance(getattr(model, base, None), nn.Module):
+        return {path for path, layer in linear.items() if layer is output}
+    base = getattr(module, "base_model_prefix", "")
+    if not base or not isinstance(getattr(module, base, None), nn.Module):
         return set()
-    return {path for path in linear if not path.startswith(base + ".")}
+    inside = f"{root}." if root else ""
+    return {p for p in linear if p.startswith(inside) and not p.startswith(f"{inside}{base}.")}
 
 
-def _is_router(model: nn.Module, path: str) -> bool:
+def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
     parent, _, name = path.rpartition(".")
     gate = re.search(r"(^|_)(router|gate)$", name) is not None
-    beside_experts = hasattr(model.get_submodule(parent), "experts")
-    return "router" in parent or (gate and beside_experts)
+    return "router" in parent or (gate and hasattr(modules[parent], "experts"))
 
 
 def _of_roles(model: nn.Module, cfg: LinearConfig, found: Sequence[Target]) -> Sequence[Target]:
@@ -192,50 +194,46 @@ def _of_roles(model: nn.Module, cfg: LinearConfig, found: Sequence[Target]) -> S
 
 
 def _trained_parameters(model: nn.Module, cfg: ParameterConfig) -> Sequence[Target]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model))
     patterns = as_tuple(cfg.target_parameters)
     require_matches("target_parameters", patterns, parameters, {})
     found: dict[str, Target] = {}
-    for name, parameter in parameters.items():
+    for name in parameters:
         pattern = first_match(patterns, name)
         if pattern is None:
             continue
-        tied = [other for other, p in parameters.items() if p is parameter and other != name]
-        if tied:
-            raise ValueError(
-                f"{name}: tied to {some(tied)}, and training one of them would untie them; give "
-                "each module a parameter of its own first"
-            )
-        if not parameter.is_floating_point():
-            raise TypeError(f"{name}: {parameter.dtype} cannot be trained; accepted are floats")
         site, _, leaf = name.rpartition(".")
-        target = found.get(site) or Target(site, pattern, _layer(site))
+        target = found.get(site) or Target(site, pattern, layer_of(model, site))
         found[site] = target._replace(parameters=(*target.parameters, leaf))
-    return [*found.values()]
+    sites = _of_layers(model, cfg, [*found.values()])
+    for name in [name for target in sites for name in target.names]:
+        _refuse_untrainable(name, parameters)
+    return sites
+
+
+def _refuse_untrainable(name: str, parameters: Mapping[str, Tensor]) -> None:
+    parameter = parameters[name]
+    tied = [n for n, p in parameters.items() if n != name and _memory(p) == _memory(parameter)]
+    if tied:
+        raise ValueError(
+            f"{name}: tied to {some(tied)}, and training one of them would untie them; give each "
+            "module a parameter of its own first"
+        )
+    if not parameter.is_floating_point():
+        raise TypeError(f"{name}: {parameter.dtype} cannot be trained; accepted are floats")
+    if name.rpartition(".")[2].startswith("_"):
+        raise ValueError(
+            f"{name}: a leaf whose name starts with an underscore is a constant and is never "
+            "trained; rename the parameter"
+        )
+
+
+def _memory(parameter: Tensor) -> int:
+    return id(parameter) if parameter.is_meta or is_lazy(parameter) else parameter.data_ptr()
 
 
 def _of_layers(model: nn.Module, cfg: AdapterConfig, found: Sequence[Target]) -> Sequence[Target]:
     if cfg.layers is None:
         return found
-    chosen: dict[str, Target] = {}
-    for layer in as_tuple(cfg.layers):
-        of_layer = [
-            t for t in found if t.layer is not None and t.layer == _from_start(model, t, layer)
-        ]
-        if not of_layer:
-            there = sorted({target.layer for target in found if target.layer is not None})
-            raise ValueError(f"layers: no site in layer {layer}; there are sites in layers {there}")
-        chosen |= {target.site: target for target in of_layer}
+    chosen = sites_in_layers(model, as_tuple(cfg.layers), [target.site for target in found])
     return [target for target in found if target.site in chosen]
-
-
-def _layer(path: str) -> int | None:
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
-def _from_start(model: nn.Module, target: Target, layer: int) -> int:
-    """A layer index counted from the first layer of the target's stack."""
-    if layer >= 0:
-        return layer
-    stack = re.split(r"(?:^|\.)\d+(?:\.|$)", target.site, maxsplit=1)[0]
-    return layer + len([*model.get_submodule(stack).children()])

@@ -67,13 +67,6 @@ _called_attention_parts = _WhileNeeded(_no_attention_fast_path)
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile(model)`` wraps; any other module as it is."""
-    original = getattr(model, "_orig_mod", model)
-    assert isinstance(original, nn.Module)
-    return original
-
-
 def has_fast_path(model: nn.Module) -> bool:
     """Tell whether a model has layers for which torch has a fused inference kernel."""
     return any(isinstance(module, _FUSED) for module in model.modules())
@@ -89,13 +82,18 @@ def environment(fast_path: bool) -> Iterator[None]:
     kinds = _active_transforms()
     vmapped = "Vmap" in kinds
     with ExitStack() as held:
-        if vmapped or "Jvp" in kinds or kinds.count("Grad") > 1:
+        if vmapped or _in_forward_mode() or kinds.count("Grad") > 1:
             held.enter_context(_differentiable_attention)
         if vmapped:
             held.enter_context(_unpeeked_masks)
         if fast_path:
             held.enter_context(_called_attention_parts)
         yield
+
+
+def _in_forward_mode() -> bool:
+    """Whether a jvp is running, by torch.func or by torch.autograd.forward_ad."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _active_transforms() -> list[str]:

@@ -15,13 +15,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # a module may import from the rows above its own
 LAYERS = [
-    {"_errors", "_weight", "_config"},
+    {"_errors", "_weight", "_config", "_modules"},
     {"_types"},
-    {"_linalg", "_keys", "_transforms", "_roles", "_patterns"},
+    {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers"},
     {"variants.full", "variants.lora", "variants._template"},
     {"variants"},
     {"_targets", "_plan"},
-    {"_init", "_threads", "_stack", "_summary"},
+    {"_init", "_running", "_stack", "_summary"},
     {"_inject"},
     {"_call"},
     {""},

@@ -1,8 +1,11 @@
 """fcall and adapted: what they return, what they refuse, and that the model is what it was."""
 
+import asyncio
 import contextlib
 import copy
 import functools
+import gc
+import weakref
 from collections import UserDict
 from types import SimpleNamespace
 
@@ -166,7 +169,7 @@ def test_kinds_of_result():
     assert result(with_loss, lambda output, batch: output.logits).shape == (3, 2)
 
 
-def test_a_layer_that_never_ran_is_an_error():
+def test_a_leaf_without_a_part_in_the_call_is_an_error():
     class Skips(nn.Module):
         def __init__(self):
             super().__init__()
@@ -176,13 +179,59 @@ def test_a_layer_that_never_ran_is_an_error():
             return self.used(x) @ self.unused.weight
 
     model, x = Skips(), torch.randn(3, 4)
-    for cfg, name in ((lf.LoRA(r=1), "unused"), (lf.Full(target_parameters="norm"), "norm")):
+    for cfg, count, name in (
+        (lf.LoRA(r=1), 3, "unused.lora.A"),
+        (lf.Full(target_parameters="norm"), 2, "norm.full.bias"),
+    ):
         params = lf.init(model, cfg)
-        with pytest.raises(lf.UnreachedSiteError, match=f"1 adapted modules never ran.*'{name}'"):
+        with pytest.raises(lf.UnusedLeafError, match=f"^{count} leaves had no part.*'{name}'"):
             lf.fcall(model, params, x)
+        assert torch.equal(lf.fcall(model, params, x, strict=False), model(x))
         with lf.adapted(model, params):
             model(x)
-    lf.fcall(model, lf.init(model, lf.LoRA(r=1, exclude_modules="unused")), x)
+    params = lf.init(model, lf.LoRA(r=1, exclude_modules="unused"))
+    lf.fcall(model, params, x)
+    with pytest.raises(lf.UnusedLeafError, match=r"^1 leaves had no part.*'used\.lora\.magnitude'"):
+        lf.fcall(model, params | {"used.lora.magnitude": torch.ones(4)}, x)
+
+
+def test_parameters_that_others_read_are_trained_too():
+    """By a hook, by another module, by a parent that reads past its child's forward."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.scaled = nn.Embedding(6, 4), nn.Linear(4, 4)
+            self.scaled.gain = nn.Parameter(torch.ones(4))
+            self.scaled.register_forward_pre_hook(lambda m, args: args[0] * m.gain)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.gru = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, ids):
+            x = self.scaled(self.embed(ids))
+            x, _ = self.attention(x, x, x)
+            return self.gru(x)[0] @ self.embed.weight.T
+
+    model, ids = Reads(), torch.tensor([[1, 2, 3]])
+    params = lf.init(model, lf.Full(target_parameters=".*"))
+    assert torch.equal(lf.fcall(model, params, ids), model(ids))
+    params = {key: (leaf + torch.randn_like(leaf)).detach() for key, leaf in params.items()}
+    new = {key.replace(".full.", "."): leaf for key, leaf in params.items()}
+    expected = torch.func.functional_call(model, new, ids)
+    assert torch.equal(lf.fcall(model, params, ids), expected)
+    with lf.adapted(model, params):
+        assert torch.equal(model(ids), expected)
+    gradients = torch.func.grad(lambda p: lf.fcall(model, p, ids).square().sum())(params)
+    assert all(gradient.any() for key, gradient in gradients.items() if "bias" not in key)
+
+
+def test_a_stack_needs_vmap():
+    model, x = mlp(), torch.randn(2, 4)
+    head = lf.init(model, lf.Full(target_parameters=r"2\.bias"))
+    stacked = lf.stack([head, head])
+    with pytest.raises(ValueError, match=r"2\.full\.bias: got shape \(2, 2\).*torch\.vmap"):
+        lf.fcall(model, stacked, x)
+    assert torch.vmap(lf.fcall, (None, 0, None))(model, stacked, x).shape == (2, 2, 2)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -199,7 +248,7 @@ def test_torchs_own_transformer_layers_take_no_shortcut(train):
     assert torch.backends.mha.get_fastpath_enabled()
     # attention reads this layer's weight without calling it
     unreachable = adapter(model, r=2, target_modules="out_proj")
-    with pytest.raises(lf.UnreachedSiteError, match="out_proj"):
+    with pytest.raises(lf.UnusedLeafError, match="out_proj"):
         lf.fcall(model, unreachable, batch)
 
 
@@ -216,20 +265,33 @@ def test_hooks_of_the_user_fire_once():
     assert torch.equal(y, model(x))
 
 
-def test_injections_nest():
+def test_a_model_holds_one_adapter_at_a_time():
     model, x = mlp(), torch.randn(3, 4)
-    outer = adapter(model, seed=1, r=2)
-    inner = adapter(model, seed=2, r=2, target_modules="0")
-    head = {k: v + 1 for k, v in lf.init(model, lf.Full(target_parameters=r"2\.weight")).items()}
-    with lf.adapted(model, outer):
-        inside = lf.fcall(model, outer, x)
-        for other in (inner, head):
-            lf.fcall(model, other, x)
-        assert torch.equal(model(x), inside)
-    assert torch.equal(model(x), lf.fcall(model, {}, x))
-    expected = lf.fcall(model, head, x)
-    with lf.adapted(model, {k: v + 1 for k, v in head.items()}):
-        assert torch.equal(lf.fcall(model, head, x), expected)
+    params, before = adapter(model, r=2), snapshot(model)
+    free = lf.skeleton(model)
+    with lf.adapted(model, params):
+        for run in (lf.fcall, lambda *args: lf.adapted(*args[:2]).__enter__()):
+            with pytest.raises(lf.BusyModelError, match=r"around this call.*skeleton\(model\)"):
+                run(model, params, x)
+        assert torch.equal(lf.fcall(free, params, x), model(x))
+    assert_same(before, model)
+
+
+def test_interleaved_blocks_are_refused_and_leave_nothing():
+    model = mlp()
+    params, before = adapter(model, r=2), snapshot(model)
+
+    async def job(seconds):
+        with lf.adapted(model, params):
+            await asyncio.sleep(seconds)
+
+    async def main():
+        return await asyncio.gather(job(0.01), job(0.03), return_exceptions=True)
+
+    first, second = asyncio.run(main())
+    assert first is None
+    assert isinstance(second, lf.BusyModelError)
+    assert_same(before, model)
 
 
 def test_layers_that_are_replaced_or_quantised_later_are_seen():
@@ -240,7 +302,12 @@ def test_layers_that_are_replaced_or_quantised_later_are_seen():
     model[2] = nn.Linear(6, 2)
     assert replaced is not model[2]
     torch.testing.assert_close(lf.fcall(model, params, x), merged(model, params)(x))
-    model[2] = nn.Identity()
+    model[0], model[1], model[2] = nn.Linear(4, 4), nn.Linear(4, 4), nn.Identity()
+    params = adapter(model, r=2)
+    lf.fcall(model, params, x)
+    model[0], model[1] = model[1], model[0]
+    torch.testing.assert_close(lf.fcall(model, params, x), merged(model, params)(x))
+    params = {key.replace("1.", "2.", 1): leaf for key, leaf in params.items()}
     with pytest.raises(TypeError, match=r"2: lora adapts torch\.nn\.Linear.*found Identity"):
         lf.fcall(model, params, x)
 
@@ -333,6 +400,24 @@ def test_hooks_of_accelerate_stay_in_place():
     full = lf.init(model, lf.Full(target_parameters="0"))
     assert torch.equal(lf.fcall(model, full, x), model(x))
     assert before[1] == snapshot(model)[1]
+
+
+def test_a_module_that_knows_its_parent():
+    model, x = mlp(), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    expected = lf.fcall(model, params, x)
+    model[0].parent = model
+    assert torch.equal(lf.fcall(model, params, x), expected)
+
+
+def test_no_model_is_kept_alive():
+    model, x = mlp(), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    lf.fcall(model, params, x)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_functions_of_the_adapter_are_pure():

@@ -43,6 +43,20 @@ def test_the_same_numbers_for_ever():
     torch.testing.assert_close(A.detach(), torch.tensor([[0.4762995, 0.1214368, -0.1809874]]))
 
 
+def test_defaults_of_dtype_and_device_change_nothing():
+    model = mlp()
+    expected = lf.init(model, lf.LoRA(r=2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = lf.init(model, lf.LoRA(r=2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, leaf in expected.items():
+        assert leaf.dtype == found[key].dtype
+        assert torch.equal(leaf, found[key])
+
+
 def test_dtype_changes_rounding_only():
     model = mlp()
     single, double, half = (
@@ -96,10 +110,21 @@ def test_patterns_that_disagree_are_refused():
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match="cfg: got no config"):
         lf.init(mlp(), [])
-    with pytest.raises(TypeError, match=r"dtype: got torch\.int64, expected a floating-point type"):
+    with pytest.raises(TypeError, match=r"dtype: got torch\.int64, expected one of"):
         lf.init(mlp(), lf.LoRA(), dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"^0: its weight is on the meta device"):
+    with pytest.raises(ValueError, match=r"^0: its weight has no data yet"):
         lf.init(nn.Sequential(nn.Linear(4, 4, device="meta")), lf.LoRA(r=2))
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"^0: its weight has no data yet"):
+        lf.init(lazy, lf.Full(target_parameters="weight"))
+    for arguments, message in (
+        (("model", lf.LoRA()), r"model: got str, expected a torch\.nn\.Module"),
+        ((mlp(), lf.LoRA(), 1.0), r"seed: got 1\.0, expected an int"),
+        ((mlp(), lf.LoRA(), 0, "float32"), "dtype: got float32, expected one of"),
+    ):
+        model, cfg, *rest = arguments
+        with pytest.raises(TypeError, match=message):
+            lf.init(model, cfg, **dict(zip(("seed", "dtype"), rest, strict=False)))
     packed = nn.Sequential(nn.Linear(4, 4))
     packed[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match=r"^0: its weight is torch\.uint8"):

@@ -8,8 +8,12 @@ from torch import nn
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SwinConfig,
+    SwinModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -37,6 +41,11 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
         self.up, self.mid, self.down = nn.Linear(width, 20), nn.Linear(20, 20), nn.Linear(20, width)
         self.norm = nn.LayerNorm(width)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def plain(width=8, depth=3):
@@ -198,6 +207,48 @@ def test_roles_of_torchs_own_layers():
     assert sites(model, lf.LoRA(target_roles="reader", layers=0)) == ["layers.0.linear1"]
 
 
+def test_roles_of_an_output_projection_that_is_defined_first():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    model = Phi3ForCausalLM(Phi3Config(num_attention_heads=4, pad_token_id=0, **sizes))
+    assert endings(model, target_roles="writer") == ["self_attn.o_proj", "mlp.down_proj"]
+    assert endings(model, target_roles="reader") == ["self_attn.qkv_proj", "mlp.gate_up_proj"]
+
+
+def test_roles_where_the_width_changes_between_stages():
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "window_size": 2}
+    model = SwinModel(SwinConfig(depths=[1, 1], num_heads=[2, 2], **sizes))
+    for stage in ("layers.0.blocks", "layers.1.blocks"):
+        found = sites(model, lf.LoRA(r=2, target_roles="writer", target_modules=stage))
+        assert [site.split(".blocks.0.")[1] for site in found] == ["attention.o_proj", "mlp.fc2"]
+
+
+def test_roles_of_a_gate_between_reader_and_writer():
+    key, gate, value = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(16, 8)
+    feed = nn.ModuleDict({"key": key, "gate": gate, "value": value})
+    model = nn.ModuleList([nn.ModuleDict({"norm": nn.LayerNorm(8), "feed": feed})])
+    assert sites(model, lf.LoRA(r=2, target_roles="writer")) == ["0.feed.value"]
+
+
+def test_the_head_of_a_model_inside_another():
+    model = nn.ModuleDict({"lm": qwen3(), "classifier": bert()})
+    left_out = lf.find_targets(model, lf.LoRA(r=2)).left_out
+    assert left_out == {"lm.lm_head": "output head", "classifier.classifier": "output head"}
+
+
+def test_what_is_no_stack_of_layers():
+    model = plain()
+    model["head"] = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    found = lf.find_targets(model, lf.LoRA(r=2, layers=-1))
+    assert {target.site.split(".")[0] for target in found} == {"blocks"}
+    alike = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert sites(alike, lf.LoRA(layers=-1)) == ["1"]
+
+
+def test_layers_left_out_are_not_refused():
+    model = nn.ModuleList([nn.Linear(4, 4), Doubling(4, 4)])
+    assert sites(model, lf.LoRA(target_modules=r"\d", layers=0)) == ["0"]
+
+
 def test_roles_outside_any_block():
     assert "bert.pooler.dense" in sites(bert(), lf.LoRA(target_roles="reader"))
     one = nn.Linear(8, 8)
@@ -276,11 +327,6 @@ def test_what_matches_nothing_is_refused(settings, message):
 def test_what_is_no_config_is_refused(make_cfg, message):
     with pytest.raises(TypeError, match=message):
         lf.find_targets(qwen3(), make_cfg())
-
-
-class Doubling(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 def test_a_linear_layer_with_a_forward_of_its_own_is_never_replaced():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers.masking_utils
 from torch import nn
+from torch.autograd import forward_ad
 
 import lora_func as lf
 from lora_func._transforms import environment
@@ -41,17 +42,23 @@ def during(transform, fast_path=False):
 X = torch.ones(2)
 
 
+def dual(f):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(X, X))
+
+
 @pytest.mark.parametrize(
     ("transform", "expected"),
     [
         (lambda f: f(X), {}),
         (lambda f: torch.func.grad(f)(X), {}),
         (lambda f: torch.func.jvp(f, (X,), (X,)), {"math only": True}),
+        (lambda f: dual(f), {"math only": True}),
         (lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(X), {"math only": True}),
         (lambda f: torch.vmap(f)(X[None]), {"math only": True, "unpeeked": True}),
         (lambda f: torch.vmap(torch.func.grad(f))(X[None]), {"math only": True, "unpeeked": True}),
     ],
-    ids=["plain", "grad", "jvp", "hvp", "vmap", "vmap of grad"],
+    ids=["plain", "grad", "jvp", "dual", "hvp", "vmap", "vmap of grad"],
 )
 def test_each_transform_gets_what_it_needs(transform, expected):
     assert during(transform) == OFF | expected

@@ -45,6 +45,11 @@ class LoRA(LowRankConfig):
 
     rslora: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.rslora, bool):
+            raise TypeError(f"rslora: got {self.rslora!r}, expected True or False")
+
     @property
     def scale(self) -> float:
         """The factor ``s``."""

@@ -86,6 +86,28 @@ def test_tied_parameters_are_refused():
             lf.init(model, lf.Full(target_parameters=rf"{name}\.weight"))
 
 
+def test_parameters_over_the_same_memory_are_tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.T)
+    with pytest.raises(ValueError, match=r"1\.weight: tied to 0\.weight"):
+        lf.init(model, lf.Full(target_parameters=r"1\.weight"))
+
+
+def test_a_tie_outside_the_layers_does_not_matter():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["a"].weight = model["b"].weight
+    model["blocks"] = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    params = lf.init(model, lf.Full(target_parameters="weight", layers=0))
+    assert list(params) == ["blocks.0.full.weight"]
+
+
+def test_a_name_that_would_be_a_constant_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0]._gain = nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=r"0\._gain: a leaf whose name starts with an underscore"):
+        lf.init(model, lf.Full(target_parameters="gain"))
+
+
 def test_integers_are_refused():
     model = nn.Module()
     model.codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)

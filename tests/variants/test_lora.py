@@ -75,11 +75,41 @@ def test_only_the_product_matters():
         ({"rank_pattern": {"q": 0}}, "r: got 0"),
         ({"alpha_pattern": {"q": -1.0}}, r"alpha: got -1\.0"),
         ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
+        ({"alpha": True}, "alpha: got True"),
+        ({"alpha": "16"}, "alpha: got '16'"),
+        ({"alpha_pattern": {"q": None}}, "alpha: got None"),
     ],
 )
 def test_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         lf.LoRA(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rslora": "no"}, "rslora: got 'no', expected True or False"),
+        ({"rank_pattern": None}, "rank_pattern: got None, expected a dict"),
+        ({"target_modules": None}, "target_modules: got None, expected a regular expression"),
+        ({"exclude_modules": 3}, "exclude_modules: got 3, expected a regular expression"),
+        ({"layers": 1.0}, r"layers: got 1\.0, expected an int"),
+    ],
+)
+def test_refuses_kinds(settings, message):
+    with pytest.raises(TypeError, match=message):
+        lf.LoRA(**settings)
+
+
+def test_configs_are_values():
+    assert lf.LoRA(r=4) == lf.LoRA(r=4) != lf.LoRA(r=5)
+    assert len({lf.LoRA(r=4), lf.LoRA(r=4, rank_pattern={"q": 2})}) == 2
+
+
+def test_a_large_scale_does_not_overflow_in_float16():
+    layer = nn.Linear(64, 8, bias=False).half()
+    x = torch.full((2, 64), 1e3, dtype=torch.float16)
+    params = lf.init(layer, lf.LoRA(r=4, alpha=4e3))
+    assert torch.equal(lf.fcall(layer.requires_grad_(False), params, x), layer(x))
 
 
 def test_refuses_a_rank_above_the_smaller_side():

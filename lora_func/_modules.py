@@ -1,0 +1,51 @@
+"""Walking through a model."""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+Structure: TypeAlias = tuple[tuple[str, int], ...]
+"""Name and id of each module of a model, in order."""
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile(model)`` wraps; any other module as it is."""
+    original = getattr(model, "_orig_mod", model)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter of each module; a tied one at each of its places."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield prefix + name, parameter
+
+
+def structure(model: nn.Module) -> Structure:
+    """Return what two models share if the same modules stand in the same places.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The name and id of each module, at a fraction of the cost of ``named_modules()``.
+    """
+    places: list[tuple[str, int]] = []
+    known: set[int] = set()
+    pending = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        places.append((name, id(module)))
+        if id(module) not in known:
+            known.add(id(module))
+            pending.extend((n, m) for n, m in module._modules.items() if m is not None)
+    return tuple(places)
+
+
+def identities(places: Structure) -> frozenset[int]:
+    """Return the ids of the modules alone."""
+    return frozenset(module for _, module in places)
