@@ -53,7 +53,7 @@ class LinearConfig(AdapterConfig):
     Attributes:
         target_modules: A regular expression searched for in the module paths, or a sequence of
             them; or "all-linear": every linear-like module but the output head and MoE routers.
-            Each pattern must match at least one module.
+            Each pattern must match at least one of the sites that are left in the end.
         exclude_modules: Patterns of modules to leave out. Each must match at least one linear-like
             module.
         target_roles: Keep only modules of these roles, read from the shapes against the width of

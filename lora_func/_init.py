@@ -45,8 +45,8 @@ def init(
         leaves require grad, constants (``_``) do not.
 
     Raises:
-        TypeError: If cfg is no config of a registered variant, a pattern names a layer that cannot
-            be adapted, or dtype is no floating-point type.
+        TypeError: If an argument is of another kind, cfg is no config of a registered variant, or a
+            pattern names a layer that cannot be adapted.
         ValueError: If a pattern matches nothing, two configs name one site, a number does not fit a
             site's shape, a weight has no data yet, or dtype cannot hold a parameter that ``Full``
             copies.
@@ -85,14 +85,16 @@ def init(
 def _leaves(
     model: nn.Module, cfg: AdapterConfig, variant: Variant, targets: Sequence[Target], seed: int
 ) -> dict[Key, Tensor]:
-    leaves: dict[Key, Tensor] = {}
     weights = {target.site: _frozen(model, target) for target in targets}
+    devices = {site: _device(W) for site, W in weights.items()}
+    leaves: dict[Key, Tensor] = {}
     if variant.shared is not None:
-        shared = variant.shared(weights, cfg, _generator(seed, SHARED, variant.name))
-        leaves |= {Key(SHARED, variant.name, name): leaf for name, leaf in shared.items()}
-    for site, W in tqdm(
-        weights.items(), desc=f"init {variant.name}", unit="site", delay=2, disable=None
-    ):
+        with torch.device("cpu"):
+            made = variant.shared(weights, cfg, _generator(seed, SHARED, variant.name))
+        first = next(iter(devices.values()))
+        leaves |= {Key(SHARED, variant.name, name): leaf.to(first) for name, leaf in made.items()}
+    title = f"init {variant.name}"
+    for site, W in tqdm(weights.items(), title, unit="site", delay=2, disable=None):
         generator = _generator(seed, site, variant.name)
         try:
             with torch.device("cpu"):
@@ -100,9 +102,15 @@ def _leaves(
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{site}: {variant.name}: {error}") from error
-        device = W.device if not isinstance(W, Mapping) else next(iter(W.values())).device
+        device = devices[site]
         leaves |= {Key(site, variant.name, name): leaf.to(device) for name, leaf in made.items()}
     return leaves
+
+
+def _device(W: Any) -> torch.device:
+    device = next(iter(W.values())).device if isinstance(W, Mapping) else W.device
+    assert isinstance(device, torch.device)
+    return device
 
 
 def _frozen(model: nn.Module, target: Target) -> Any:

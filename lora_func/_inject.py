@@ -22,6 +22,8 @@ Slot: TypeAlias = tuple[dict[str, Any], str, Any]
 class _Watched(dict[str, Tensor]):
     """A dict that strikes what is read from it off a list."""
 
+    __slots__ = ("_keys", "_unused")
+
     def __init__(
         self, values: Mapping[str, Tensor], keys: Mapping[str, str], unused: set[str]
     ) -> None:

@@ -71,7 +71,7 @@ class SharedFn(Protocol):
 
 
 class ParametersFn(Protocol):
-    """Give the parameters that a module which is no linear map runs with."""
+    """Give the parameters that a module runs with."""
 
     def __call__(
         self, own: Mapping[str, Tensor], params: Mapping[str, Tensor], /
@@ -100,7 +100,8 @@ class Variant(NamedTuple):
         weight: The weight view; None for a variant that is not linear in x.
         bias: The adapted bias; None if the bias is left as it is.
         shared: Makes what all sites share, kept once under the site ``*``.
-        parameters: Adapts modules that are no linear map; None if the variant cannot.
+        parameters: Replaces parameters of a module of any kind for the whole call; where a variant
+            has it, ``fcall`` goes this way and not through ``apply``.
         delta_norm: The norm of the change, where it is cheap.
         rank_axes: Leaf -> its rank axis, counted from the end, for variants in which a row of zeros
             there is a rank less exactly, and stays so under training. It lets ``stack`` pad. Empty
