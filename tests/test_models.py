@@ -22,7 +22,7 @@ OVER_ADAPTERS = (None, 0, None)
 def scramble(params, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for leaf in lf.partition(params)[0].values():
-        leaf.data += 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+        leaf.data += 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf)
     return params
 
 
@@ -277,3 +277,17 @@ def test_the_sweep_step_equals_solo_training():
             optimizer.step()
         for key, leaf in solo.items():
             torch.testing.assert_close(one[key], leaf, rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.gpu
+@EACH_MODEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(family, dtype):
+    model = make(family, dtype).cuda().requires_grad_(False)
+    batch = {key: tensor.cuda() for key, tensor in batch_for(model).items()}
+    assert torch.equal(lf.fcall(model, lf.init(model, lf.LoRA()), batch), model(**batch).loss)
+    adapters = [scramble(lf.init(model, lf.LoRA(r=3), seed=seed), seed) for seed in range(2)]
+    losses = torch.vmap(lf.fcall, OVER_ADAPTERS)(model, lf.stack(adapters), batch)
+    loop = torch.stack([lf.fcall(model, one, batch) for one in adapters])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(losses, loop, rtol=tolerance, atol=tolerance)
