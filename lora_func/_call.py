@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from lora_func._errors import UnusedLeafError
 from lora_func._inject import injected
+from lora_func._keys import parse
 from lora_func._modules import named_parameters
 
 
@@ -54,7 +55,10 @@ def fcall(
         >>> (gradient,) = torch.autograd.grad(loss, params["0.lora.B"])
     """
     args, kwargs = _arguments(batch)
-    trainable = {name: p for name, p in named_parameters(model) if p.requires_grad}
+    given = {f"{key.site}.{key.leaf}".lstrip(".") for key in map(parse, params)}
+    trainable = {
+        name: p for name, p in named_parameters(model) if p.requires_grad and name not in given
+    }
     with injected(model, params) as unused:
         base = named_parameters(model) if trainable else ()
         frozen = {name: p.detach() for name, p in base if p is trainable.get(name)}
@@ -89,9 +93,9 @@ def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Modul
     Raises:
         TypeError: If a variant cannot adapt the module that a key names.
         KeyError: If a key names no module of the model, or no variant.
-        ValueError: If two variants name one module.
+        ValueError: If two variants name one module, or a leaf has not its parameter's shape.
         RuntimeError: If activation checkpointing is on.
-        ConcurrentCallError: If another thread is running this model with an adapter.
+        BusyModelError: If the model is already running with an adapter.
 
     Example:
         >>> import torch, lora_func as lf

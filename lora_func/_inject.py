@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from lora_func._modules import identities, uncompiled
 from lora_func._plan import Plan, Site, plan_of
-from lora_func._running import exclusively
+from lora_func._running import Run, refuse_others, running
 from lora_func._transforms import environment
 from lora_func._weight import affine
 
 _ABSENT = object()
 
-Slot: TypeAlias = tuple[dict[str, Any], str, Any]
+Slot: TypeAlias = tuple[dict[Any, Any], Any, Any]
 """A dict, a key in it, and the value to put there."""
 
 
@@ -34,6 +34,53 @@ class _Watched(dict[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         self._unused.discard(self._keys.get(name, ""))
         return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._unused.discard(self._keys.get(name, ""))
+        return super().get(name, default)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
+        return dict, (dict(self),)
+
+
+class _Put:
+    """Write into dicts, and restore what they held: once, and completely, also when interrupted."""
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._slots = slots
+        self._found: list[Slot] = []
+
+    def __enter__(self) -> None:
+        try:
+            for place, name, value in self._slots:
+                self._found.append((place, name, place.get(name, _ABSENT)))
+                place[name] = value
+        except BaseException:
+            self._restore()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+    def __del__(self) -> None:
+        # an interrupt may come on the way into the block or into __exit__, or even into __init__
+        if hasattr(self, "_found"):
+            self._restore()
+
+    def _restore(self) -> None:
+        interrupt: BaseException | None = None
+        while self._found:
+            try:
+                place, name, value = self._found[-1]
+                if value is _ABSENT:
+                    place.pop(name, None)
+                else:
+                    place[name] = value
+                del self._found[-1]
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
 @contextmanager
@@ -56,34 +103,22 @@ def injected(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[set[str
     """
     plan = plan_of(uncompiled(model), params)
     if torch.compiler.is_compiling():
-        with _put(slot for site in plan.sites for slot in _slots(site, params, None)):
+        with _Put(slot for site in plan.sites for slot in _slots(site, params, None)):
             yield set()
         return
     _refuse_checkpointing(plan)
     unused = {key for site in plan.sites for key in site.keys.values()}
-    with (
-        exclusively(identities(plan.structure)),
-        environment(plan.fast_path),
-        _put(slot for site in plan.sites for slot in _slots(site, params, unused)),
-    ):
+    with environment(plan.fast_path), _Put(_all_slots(plan, params, unused)):
         yield unused
 
 
-@contextmanager
-def _put(slots: Iterable[Slot]) -> Iterator[None]:
-    """Write into dicts, and restore what they held."""
-    found: list[Slot] = []
-    try:
-        for place, name, value in slots:
-            found.append((place, name, place.get(name, _ABSENT)))
-            place[name] = value
-        yield
-    finally:
-        for place, name, value in reversed(found):
-            if value is _ABSENT:
-                place.pop(name, None)
-            else:
-                place[name] = value
+def _all_slots(plan: Plan, params: Mapping[str, Tensor], unused: set[str]) -> Iterator[Slot]:
+    mine = object()
+    sites = frozenset(id(site.module()) for site in plan.sites)
+    yield running, mine, Run(sites, identities(plan.structure))
+    refuse_others(mine)
+    for site in plan.sites:
+        yield from _slots(site, params, unused)
 
 
 def _slots(site: Site, params: Mapping[str, Tensor], unused: set[str] | None) -> Iterator[Slot]:

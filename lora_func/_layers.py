@@ -8,8 +8,8 @@ from torch import nn
 def layer_of(model: nn.Module, site: str) -> int | None:
     """Tell which layer a module stands in.
 
-    A stack of layers is an ``nn.ModuleList``, or any numbered container whose children are all of
-    one class; where stacks nest, the outermost counts.
+    A stack of layers is an ``nn.ModuleList``, or another numbered container of several children
+    that are all of one class; where stacks nest, the outermost counts.
 
     Args:
         model: The model.
@@ -56,6 +56,7 @@ def _place(model: nn.Module, site: str) -> tuple[int, int] | None:
         if part.isdigit():
             stack = model.get_submodule(".".join(parts[:i]))
             layers = [child for name, child in stack.named_children() if name.isdigit()]
-            if isinstance(stack, nn.ModuleList) or len({type(layer) for layer in layers}) == 1:
+            alike = len(layers) > 1 and len({type(layer) for layer in layers}) == 1
+            if isinstance(stack, nn.ModuleList) or alike:
                 return int(part), len(layers)
     return None

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_func._config import Role
 from lora_func._weight import affine, is_linear
@@ -85,11 +85,11 @@ def _widths(module: nn.Module) -> Counter[int]:
     """How often each width occurs on either side of linear layers, in embeddings and in norms."""
     widths: Counter[int] = Counter()
     for child in module.modules():
-        weight = child._parameters.get("weight")
+        weight = getattr(child, "weight", None)
         if is_linear(child):
             widths.update(affine(child).shape)
         elif isinstance(child, nn.Embedding):
             widths[child.embedding_dim] += 1
-        elif weight is not None and weight.ndim == 1:
+        elif isinstance(weight, Tensor) and weight.ndim == 1:
             widths[weight.numel()] += 1
     return widths

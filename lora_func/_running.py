@@ -1,44 +1,52 @@
 """One adapter at a time for each model: whoever runs the modules sees what was put into them."""
 
 import copy
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lora_func._errors import BusyModelError
 from lora_func._modules import identities, structure
 
-_running: list[tuple[frozenset[int]]] = []
-_lock = threading.Lock()
+
+class Run(NamedTuple):
+    """An adapter at work.
+
+    Attributes:
+        sites: The ids of the adapted modules.
+        modules: The ids of all modules of the model.
+    """
+
+    sites: frozenset[int]
+    modules: frozenset[int]
+
+    def disturbs(self, other: "Run") -> bool:
+        """Tell whether either would see what the other put into the modules."""
+        return not (self.sites.isdisjoint(other.modules) and other.sites.isdisjoint(self.modules))
 
 
-@contextmanager
-def exclusively(modules: frozenset[int]) -> Iterator[None]:
-    """Hold a model's modules for one adapter.
+running: dict[object, Run] = {}
+"""The adapters at work in this process, in the order in which they began; by a token each."""
+
+
+def refuse_others(mine: object) -> None:
+    """Give way to whoever began before.
 
     Args:
-        modules: Their ids.
+        mine: Token of an entry in ``running``.
 
     Raises:
-        BusyModelError: If any of them is held, by whatever thread.
+        BusyModelError: If an earlier adapter is at work in the same modules, in whatever thread.
     """
-    mine = (modules,)
-    try:
-        with _lock:
-            if _is_running(modules):
-                raise BusyModelError(
-                    "this model is running with an adapter, in another thread or around this call, "
-                    "and it holds one at a time; use a copy of its modules over the same tensors, "
-                    "made beforehand: skeleton(model)"
-                )
-            _running.append(mine)
-        yield
-    finally:
-        with _lock:
-            _running[:] = [other for other in _running if other is not mine]
+    for token, run in [*running.items()]:
+        if token is mine:
+            return
+        if run.disturbs(running[mine]):
+            raise BusyModelError(
+                "this model is running with an adapter, in another thread or around this call, and "
+                "it holds one at a time; use a copy of its modules over the same tensors, made "
+                "beforehand: skeleton(model)"
+            )
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -59,19 +67,15 @@ def skeleton(model: nn.Module) -> nn.Module:
         >>> lf.skeleton(model)[0].weight is model[0].weight
         True
     """
-    with _lock:
-        if _is_running(identities(structure(model))):
-            raise BusyModelError(
-                f"skeleton({type(model).__name__}): the model is running with an adapter, which "
-                "the copy would keep; make the skeletons first"
-            )
-        attributes = [value for module in model.modules() for value in vars(module).values()]
-        tensors = [value for value in attributes if isinstance(value, Tensor)]
-        shared: dict[int, Any] = {
-            id(tensor): tensor for tensor in (*tensors, *model.parameters(), *model.buffers())
-        }
-        return copy.deepcopy(model, shared)
-
-
-def _is_running(modules: frozenset[int]) -> bool:
-    return any(not theirs.isdisjoint(modules) for (theirs,) in _running)
+    itself = Run(frozenset(), identities(structure(model)))
+    if any(run.disturbs(itself) for run in [*running.values()]):
+        raise BusyModelError(
+            f"skeleton({type(model).__name__}): the model is running with an adapter, which the "
+            "copy would keep; make the skeletons first"
+        )
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    tensors = [value for value in attributes if isinstance(value, Tensor)]
+    shared: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*tensors, *model.parameters(), *model.buffers())
+    }
+    return copy.deepcopy(model, shared)

@@ -229,7 +229,8 @@ def _refuse_untrainable(name: str, parameters: Mapping[str, Tensor]) -> None:
 
 
 def _memory(parameter: Tensor) -> int:
-    return id(parameter) if parameter.is_meta or is_lazy(parameter) else parameter.data_ptr()
+    no_data = parameter.is_meta or is_lazy(parameter) or not parameter.numel()
+    return id(parameter) if no_data else parameter.data_ptr()
 
 
 def _of_layers(model: nn.Module, cfg: AdapterConfig, found: Sequence[Target]) -> Sequence[Target]:

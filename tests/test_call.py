@@ -5,6 +5,8 @@ import contextlib
 import copy
 import functools
 import gc
+import random
+import signal
 import weakref
 from collections import UserDict
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import lora_func as lf
+from lora_func._running import running
 from tests.models import batch_for, make
 from tests.test_models import adapter, merged
 
@@ -89,6 +92,56 @@ def test_the_model_is_what_it_was_whatever_happened(error, frozen):
     with expected, lf.adapted(model, params):
         model(x)
     assert_same(before, model)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs POSIX timers")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_at_any_moment_leaves_nothing_behind():
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupt
+
+    model, x = Watched(lambda: None).requires_grad_(False), torch.randn(3, 4)
+    params, before = lf.init(model, BOTH), snapshot(model)
+    rng, interrupted, found = random.Random(0), 0, signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(4000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 4e-4))
+                for _ in range(3):
+                    lf.fcall(model, params, x)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupt:
+                interrupted += 1
+            assert all("forward" not in module.__dict__ for module in model.modules())
+            assert not running
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, found)
+    assert interrupted > 1000
+    assert_same(before, model)
+
+
+def test_a_leaf_that_is_the_models_own_parameter_is_trained():
+    model, x = mlp(), torch.randn(3, 4)
+    params = {"0.full.weight": model[0].weight}
+    lf.fcall(model, params, x).sum().backward()
+    assert model[0].weight.grad.any()
+    assert model[0].bias.grad is None
+
+
+def test_models_that_share_what_is_not_adapted_run_side_by_side():
+    trunk, x = nn.Linear(4, 4), torch.randn(3, 4)
+    one, other = (nn.Sequential(trunk, nn.Linear(4, 4)) for _ in range(2))
+    mine, theirs = (adapter(m, seed=i, r=2, target_modules="1") for i, m in enumerate((one, other)))
+    expected = lf.fcall(other, theirs, x)
+    with lf.adapted(one, mine):
+        assert torch.equal(lf.fcall(other, theirs, x), expected)
+        lf.skeleton(other)
+        with pytest.raises(lf.BusyModelError):
+            lf.fcall(one, {}, x)
 
 
 def test_the_base_gets_no_gradient_even_where_it_requires_one():

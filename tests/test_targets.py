@@ -240,6 +240,8 @@ def test_what_is_no_stack_of_layers():
     model["head"] = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     found = lf.find_targets(model, lf.LoRA(r=2, layers=-1))
     assert {target.site.split(".")[0] for target in found} == {"blocks"}
+    model["head"] = nn.Sequential(nn.Linear(8, 2))
+    assert {s.split(".")[0] for s in sites(model, lf.LoRA(r=2, layers=0))} == {"blocks"}
     alike = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert sites(alike, lf.LoRA(layers=-1)) == ["1"]
 
