@@ -1,8 +1,8 @@
 """What the keys of an adapter mean in a model: parsed once, then looked up."""
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class Plan(NamedTuple):
     fast_path: bool
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Plan]]
-_plans = weakref.WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Plan]] = WeakKeyDictionary()
 
 
 def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
@@ -94,9 +93,7 @@ def _make_plan(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
                 f"{variant_name}; a module takes one variant"
             )
         sites[id(module)] = site
-    checkpointing = tuple(
-        weakref.ref(m) for m in model.modules() if hasattr(m, "gradient_checkpointing")
-    )
+    checkpointing = tuple(ref(m) for m in model.modules() if hasattr(m, "gradient_checkpointing"))
     return Plan(structure(model), tuple(sites.values()), checkpointing, has_fast_path(model))
 
 
@@ -116,4 +113,4 @@ def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -
                 raise KeyError(
                     f"{keys[leaf]!r}: {type(module).__name__} {path!r} has no parameter {leaf!r}"
                 )
-    return Site(path, weakref.ref(module), variant, keys)
+    return Site(path, ref(module), variant, keys)
