@@ -1,12 +1,13 @@
 """Calling a frozen model with an adapter."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lora_func._batch import LossFn, arguments, result
 from lora_func._errors import UnusedLeafError
 from lora_func._inject import injected
 from lora_func._keys import parse
@@ -18,7 +19,7 @@ def fcall(
     params: Mapping[str, Tensor],
     batch: Any,
     *,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFn | None = None,
     strict: bool = True,
 ) -> Any:
     """Call a frozen model with an adapter: a pure function of the adapter.
@@ -54,7 +55,7 @@ def fcall(
         >>> loss = lf.fcall(model, params, x, loss_fn=lambda y, x: y.square().mean())
         >>> (gradient,) = torch.autograd.grad(loss, params["0.lora.B"])
     """
-    args, kwargs = _arguments(batch)
+    args, kwargs = arguments(batch)
     given = {f"{key.site}.{key.leaf}".lstrip(".") for key in map(parse, params)}
     trainable = {
         name: p for name, p in named_parameters(model) if p.requires_grad and name not in given
@@ -69,10 +70,7 @@ def fcall(
             "skips the layer or reads its weight past it, or the variant has no such leaf; leave "
             "them out of the adapter, or pass strict=False"
         )
-    if loss_fn is not None:
-        return loss_fn(output, batch)
-    loss = getattr(output, "loss", None)
-    return output if loss is None else loss
+    return result(output, batch, loss_fn)
 
 
 @contextmanager
@@ -105,15 +103,3 @@ def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Modul
     """
     with injected(model, params):
         yield model
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    raise TypeError(
-        f"batch: got {type(batch).__name__}, expected a mapping, a tuple, a list or a tensor"
-    )

@@ -1,8 +1,8 @@
 """Putting an adapter into a live model for the length of a call, and taking it out again."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,9 @@ from torch import Tensor, nn
 from lora_func._modules import identities, uncompiled
 from lora_func._plan import Plan, Site, plan_of
 from lora_func._running import Run, refuse_others, running
+from lora_func._slots import Put, Slot
 from lora_func._transforms import environment
 from lora_func._weight import affine
-
-_ABSENT = object()
-
-Slot: TypeAlias = tuple[dict[Any, Any], Any, Any]
-"""A dict, a key in it, and the value to put there."""
 
 
 class _Watched(dict[str, Tensor]):
@@ -43,46 +39,6 @@ class _Watched(dict[str, Tensor]):
         return dict, (dict(self),)
 
 
-class _Put:
-    """Write into dicts, and restore what they held: once, and completely, also when interrupted."""
-
-    def __init__(self, slots: Iterable[Slot]) -> None:
-        self._slots = slots
-        self._found: list[Slot] = []
-
-    def __enter__(self) -> None:
-        try:
-            for place, name, value in self._slots:
-                self._found.append((place, name, place.get(name, _ABSENT)))
-                place[name] = value
-        except BaseException:
-            self._restore()
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        self._restore()
-
-    def __del__(self) -> None:
-        # an interrupt may come on the way into the block or into __exit__, or even into __init__
-        if hasattr(self, "_found"):
-            self._restore()
-
-    def _restore(self) -> None:
-        interrupt: BaseException | None = None
-        while self._found:
-            try:
-                place, name, value = self._found[-1]
-                if value is _ABSENT:
-                    place.pop(name, None)
-                else:
-                    place[name] = value
-                del self._found[-1]
-            except BaseException as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
-
-
 @contextmanager
 def injected(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[set[str]]:
     """Put an adapter into a model; afterwards the model is what it was, whatever happened.
@@ -103,12 +59,12 @@ def injected(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[set[str
     """
     plan = plan_of(uncompiled(model), params)
     if torch.compiler.is_compiling():
-        with _Put(slot for site in plan.sites for slot in _slots(site, params, None)):
+        with Put(slot for site in plan.sites for slot in _slots(site, params, None)):
             yield set()
         return
     _refuse_checkpointing(plan)
     unused = {key for site in plan.sites for key in site.keys.values()}
-    with environment(plan.fast_path), _Put(_all_slots(plan, params, unused)):
+    with environment(plan.fast_path), Put(_all_slots(plan, params, unused)):
         yield unused
 
 
