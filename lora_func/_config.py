@@ -1,10 +1,11 @@
 """What every config has: where the adapter goes; for low-rank variants, how large it is."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args, overload
+from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
+
+from lora_func._checks import as_tuple, check_count, check_number, check_patterns
 
 T = TypeVar("T")
 
@@ -12,6 +13,7 @@ ALL_LINEAR = "all-linear"
 
 Patterns: TypeAlias = str | Sequence[str]
 Role: TypeAlias = Literal["reader", "writer", "inner"]
+Calibration: TypeAlias = Literal["inputs", "gradients", "pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,20 @@ class AdapterConfig:
                 raise TypeError(f"layers: got {layer!r}, expected an int or a sequence of ints")
         if not as_tuple(self.layers):
             raise ValueError("layers: got an empty sequence; leave it None to adapt every layer")
+
+    @property
+    def variant(self) -> str | None:
+        """Name of the variant that is meant, where several share this class; else None."""
+        return None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the variant can learn from data before it starts; None if nothing.
+
+        "inputs": the inputs of each site. "gradients": the gradients of its outputs as well.
+        "pairs": its inputs at the last token, in pairs of a positive and a negative batch.
+        """
+        return None
 
     def at(self, site: str) -> Self:
         """Return the config that holds at one site, with the patterns over sites resolved."""
@@ -106,36 +122,53 @@ class ParameterConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig(LinearConfig):
-    """A config of the family ``W + s B A``.
+class RankConfig(LinearConfig):
+    """A config whose adapters have a rank, which may differ by site.
 
     Attributes:
-        r: The rank, from 1 to min(d_out, d_in).
-        alpha: Numerator of the scale ``s = alpha / r``. None means ``2 r``, so that ``s = 2`` at
-            every rank.
+        r: The rank, at least 1; what it counts and how large it may be is the variant's to say.
         rank_pattern: Ranks for some sites: regular expression searched for in the site's path -> r.
-        alpha_pattern: The same for alpha. A site may match several patterns only if they agree.
+            A site may match several patterns only if they agree.
     """
 
     r: int = 8
-    alpha: float | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_table("rank_pattern", self.rank_pattern)
+        for r in (self.r, *self.rank_pattern.values()):
+            check_count("r", r)
+
+    def at(self, site: str) -> Self:
+        """Return the config with the rank of one site."""
+        r = _of_site(self.rank_pattern, site, self.r)
+        return replace(super().at(site), r=r, rank_pattern={})
+
+    def site_patterns(self) -> dict[str, tuple[str, ...]]:
+        """Return the patterns of the modules to adapt, and those over ranks."""
+        return super().site_patterns() | {"rank_pattern": (*self.rank_pattern,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(RankConfig):
+    """A config of the family ``W + s B A``, whose r goes from 1 to min(d_out, d_in).
+
+    Attributes:
+        alpha: Numerator of the scale ``s = alpha / r``. None means ``2 r``, so that ``s = 2`` at
+            every rank.
+        alpha_pattern: Alphas for some sites, by pattern like the ranks.
+    """
+
+    alpha: float | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field_name, table in self._tables().items():
-            if not isinstance(table, Mapping):
-                raise TypeError(f"{field_name}: got {table!r}, expected a dict of patterns")
-            check_patterns(field_name, (*table,))
-        for r in (self.r, *self.rank_pattern.values()):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise ValueError(f"r: got {r!r}, expected an integer of at least 1")
+        _check_table("alpha_pattern", self.alpha_pattern)
         alphas = [*self.alpha_pattern.values()]
         for alpha in alphas if self.alpha is None else (self.alpha, *alphas):
-            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-            if not (number and math.isfinite(alpha) and alpha > 0):
-                raise ValueError(f"alpha: got {alpha!r}, expected a finite number above 0")
+            check_number("alpha", alpha, above=0)
 
     @property
     def scale(self) -> float:
@@ -144,50 +177,18 @@ class LowRankConfig(LinearConfig):
 
     def at(self, site: str) -> Self:
         """Return the config with the r and alpha of one site."""
-        return replace(
-            self,
-            r=_of_site(self.rank_pattern, site, self.r),
-            alpha=_of_site(self.alpha_pattern, site, self.alpha),
-            rank_pattern={},
-            alpha_pattern={},
-        )
+        alpha = _of_site(self.alpha_pattern, site, self.alpha)
+        return replace(super().at(site), alpha=alpha, alpha_pattern={})
 
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
-        """Return the patterns of the modules to adapt, and those of both tables."""
-        tables = {name: (*table,) for name, table in self._tables().items()}
-        return super().site_patterns() | tables
-
-    def _tables(self) -> dict[str, Mapping[str, float]]:
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        """Return the patterns of the modules to adapt, and those over ranks and alphas."""
+        return super().site_patterns() | {"alpha_pattern": (*self.alpha_pattern,)}
 
 
-@overload
-def as_tuple(one_or_more: str | Sequence[str]) -> tuple[str, ...]: ...
-@overload
-def as_tuple(one_or_more: int | Sequence[int]) -> tuple[int, ...]: ...
-def as_tuple(one_or_more: Any) -> tuple[Any, ...]:
-    """Return a tuple of what may be given alone or as a sequence."""
-    return (one_or_more,) if isinstance(one_or_more, (str, int)) else tuple(one_or_more)
-
-
-def check_patterns(field_name: str, patterns: Patterns) -> None:
-    """Refuse what is not a regular expression or a sequence of them.
-
-    Raises:
-        TypeError: If a pattern is not a string.
-        ValueError: If a pattern is not a valid regular expression.
-    """
-    if not isinstance(patterns, Sequence):
-        raise TypeError(f"{field_name}: got {patterns!r}, expected a regular expression or several")
-    for pattern in as_tuple(patterns):
-        if not isinstance(pattern, str):
-            raise TypeError(f"{field_name}: got {pattern!r}, expected a regular expression")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{field_name}: {pattern!r} is no regular expression: {error}"
-            ) from None
+def _check_table(field_name: str, table: Any) -> None:
+    if not isinstance(table, Mapping):
+        raise TypeError(f"{field_name}: got {table!r}, expected a dict of patterns")
+    check_patterns(field_name, (*table,))
 
 
 def _of_site(table: Mapping[str, T], site: str, default: T) -> T:

@@ -25,8 +25,8 @@ def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
         Key -> tensor (K, ...). Where ranks were padded, a constant ``_rank`` (K,) remembers them.
 
     Raises:
-        ValueError: If there is none, keys differ, or shapes, dtypes or devices of a leaf differ in
-            what no padding makes equal.
+        ValueError: If there is none, keys differ, ranks differ in a variant that cannot be padded,
+            or shapes, dtypes or devices of a leaf differ in what no padding makes equal.
 
     Example:
         >>> import torch, lora_func as lf
@@ -37,39 +37,31 @@ def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
         >>> losses = torch.vmap(lf.fcall, in_dims=(None, 0, None))(model, stacked, torch.ones(5, 4))
     """
     adapters = [*adapters]
-    if not adapters:
-        raise ValueError("adapters: got none")
-    first = adapters[0]
-    for i, adapter in enumerate(adapters):
-        if adapter.keys() != first.keys():
-            differing = sorted(adapter.keys() ^ first.keys())
-            raise ValueError(
-                f"adapters 0 and {i} differ in their keys, {differing[:3]}; stack adapters of the "
-                "same sites and variants"
-            )
-    if any(parse(key).leaf == RANK for key in first):
-        raise ValueError(
-            "adapters: got stacks of mixed rank, expected adapters; unstack them first"
-        )
+    _refuse_other_keys(adapters)
     stacked: Params = {}
-    for (site, name), keys in group(first).items():
+    for (site, name), keys in group(adapters[0]).items():
         variant = by_name(name)
         ranks = [
             rank_of(variant, {leaf: adapter[key] for leaf, key in keys.items()})
             for adapter in adapters
         ]
         mixed = len({*ranks}) > 1
+        if mixed and not variant.pads:
+            raise ValueError(
+                f"{site}: ranks {ranks} of {name} cannot be padded exactly; stack adapters of one "
+                "rank"
+            )
         for leaf, key in keys.items():
             leaves = [adapter[key] for adapter in adapters]
             if mixed and leaf in variant.rank_axes:
                 leaves = [_pad(tensor, variant.rank_axes[leaf], max(ranks)) for tensor in leaves]
-            stacked[key] = _stacked(key, leaves)
+            if key not in stacked:
+                stacked[key] = _stacked(key, leaves)
         if mixed:
-            device = leaves[0].device
-            stacked[str(Key(site, name, RANK))] = torch.tensor(
-                ranks, dtype=torch.float64, device=device
-            )
-    return {**{key: stacked[key] for key in first}, **stacked}
+            remembered = torch.tensor(ranks, dtype=torch.float64, device=leaves[0].device)
+            for owner in {parse(key).site for key in keys.values()}:
+                stacked[str(Key(owner, name, RANK))] = remembered
+    return {**{key: stacked[key] for key in adapters[0]}, **stacked}
 
 
 def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
@@ -106,6 +98,23 @@ def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
         }
         for i in range(size or 0)
     ]
+
+
+def _refuse_other_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:
+    if not adapters:
+        raise ValueError("adapters: got none")
+    first = adapters[0]
+    for i, adapter in enumerate(adapters):
+        if adapter.keys() != first.keys():
+            differing = sorted(adapter.keys() ^ first.keys())
+            raise ValueError(
+                f"adapters 0 and {i} differ in their keys, {differing[:3]}; stack adapters of the "
+                "same sites and variants"
+            )
+    if any(parse(key).leaf == RANK for key in first):
+        raise ValueError(
+            "adapters: got stacks of mixed rank, expected adapters; unstack them first"
+        )
 
 
 def _pad(leaf: Tensor, axis: int, rank: int) -> Tensor:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lora_func._checks import as_tuple
 from lora_func._config import (
     ALL_LINEAR,
     AdapterConfig,
     LinearConfig,
     ParameterConfig,
-    as_tuple,
 )
 from lora_func._layers import layer_of, sites_in_layers
 from lora_func._modules import named_parameters, uncompiled

@@ -23,7 +23,8 @@ class InitFn(Protocol):
                 by name.
             cfg: The variant's config, resolved for this site.
             generator: The only source of randomness; a CPU generator.
-            stats: What a calibration pass gathered at this site; None without one.
+            stats: What ``observe`` gathered at this site, or what ``conclude`` made of it; None
+                without data.
 
         Returns:
             The leaves. A name that starts with ``_`` is a constant; integer constants may be given
@@ -70,6 +71,37 @@ class SharedFn(Protocol):
         """Return the constants, whose names start with ``_``, given each site's frozen weight."""
 
 
+class ObserveFn(Protocol):
+    """Gather statistics of one site from calibration data."""
+
+    def __call__(self, cfg: Any, acc: Any, x: Tensor, gy: Any, /) -> Any:
+        """Return new statistics; a pure function, so that sites with the same input share them.
+
+        Args:
+            cfg: The config as the user gave it.
+            acc: What the last call returned; None at first.
+            x: Inputs of the site, shape (n, d_in), without padding. For a config that asks for
+                "pairs" shape (2, n, d_in): positive and negative, at the last token of each row.
+            gy: Gradients of the loss in the site's outputs, shape (n, d_out), where the config asks
+                for "gradients"; else None.
+        """
+
+
+class ConcludeFn(Protocol):
+    """Let the statistics of all sites decide together."""
+
+    def __call__(
+        self, weights: Mapping[str, Weight], configs: Mapping[str, Any], stats: Mapping[str, Any], /
+    ) -> dict[str, tuple[Any, Any]]:
+        """Return (config, statistics) for ``init``, by site; a site left out gets no adapter.
+
+        Args:
+            weights: Each site's frozen weight.
+            configs: Each site's resolved config.
+            stats: What ``observe`` gathered at each site.
+        """
+
+
 class ParametersFn(Protocol):
     """Give the parameters that a module runs with."""
 
@@ -94,7 +126,8 @@ class Variant(NamedTuple):
 
     Attributes:
         name: The middle part of the keys: "lora".
-        config: The config class, by which ``init`` finds the variant.
+        config: The config class, by which ``init`` finds the variant; several variants may share
+            one, whose property ``variant`` then tells them apart.
         init: Makes the leaves.
         apply: The activation view.
         weight: The weight view; None for a variant that is not linear in x.
@@ -102,10 +135,12 @@ class Variant(NamedTuple):
         shared: Makes what all sites share, kept once under the site ``*``.
         parameters: Replaces parameters of a module of any kind for the whole call; where a variant
             has it, ``fcall`` goes this way and not through ``apply``.
+        observe: Gathers statistics from calibration data, where a config asks for it.
+        conclude: Looks at the statistics of all sites before their leaves are made.
         delta_norm: The norm of the change, where it is cheap.
-        rank_axes: Leaf -> its rank axis, counted from the end, for variants in which a row of zeros
-            there is a rank less exactly, and stays so under training. It lets ``stack`` pad. Empty
-            if padding is not exact.
+        rank_axes: Leaf -> its rank axis, counted from the end; empty for a variant without rank.
+        pads: Whether a row of zeros on the rank axes is a rank less exactly, and stays so under
+            training. It lets ``stack`` pad.
     """
 
     name: str
@@ -116,8 +151,11 @@ class Variant(NamedTuple):
     bias: BiasFn | None = None
     shared: SharedFn | None = None
     parameters: ParametersFn | None = None
+    observe: ObserveFn | None = None
+    conclude: ConcludeFn | None = None
     delta_norm: NormFn | None = None
     rank_axes: Mapping[str, int] = {}
+    pads: bool = True
 
 
 def rank_of(variant: Variant, leaves: Mapping[str, Tensor]) -> int:

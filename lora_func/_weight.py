@@ -64,6 +64,16 @@ def dense(W: Weight) -> Tensor:
     return W.weight if isinstance(W, Affine) else W
 
 
+def bare(W: Weight) -> Weight:
+    """Return a frozen weight without the bias that it may carry."""
+    return W._replace(bias=None) if isinstance(W, Affine) else W
+
+
+def bias_of(W: Weight) -> Tensor | None:
+    """Return the bias that a frozen weight carries, or None."""
+    return W.bias if isinstance(W, Affine) else None
+
+
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear map whose weight we can read.
 
