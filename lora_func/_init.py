@@ -1,14 +1,16 @@
 """Making an adapter for a model."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
+from lora_func._batch import LossFn
+from lora_func._calibrate import Observer, calibrate
 from lora_func._config import AdapterConfig
 from lora_func._keys import SHARED, Key
 from lora_func._modules import uncompiled
@@ -16,6 +18,8 @@ from lora_func._targets import Target, find_targets
 from lora_func._types import Params, Variant
 from lora_func._weight import affine
 from lora_func.variants import by_config
+
+Plan: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,12 +30,15 @@ def init(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    data: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
 ) -> Params:
     r"""Make an adapter, with which the model computes what it did without.
 
-    A site's leaves depend on the seed, its path, its config and its weight, and on nothing else:
-    neither on what else is targeted, nor on the device, nor on the global random state, which is
-    left alone.
+    A site's leaves depend on the seed, its path, its config, its weight and the data, and on
+    nothing else: neither on what else is targeted, nor on the device, nor on the global random
+    state, which is left alone. What all sites share (VeRA's projections, EVA's ranks) depends on
+    all of them.
 
     Args:
         model: The frozen model; only read.
@@ -39,6 +46,10 @@ def init(
         seed: Any integer.
         dtype: Of the trained leaves. Keep float32 on a half-precision model, or small updates are
             lost to rounding.
+        data: Calibration batches, as for ``fcall``, for configs that take them; for ``SSteer``
+            pairs (positive, negative) of batches. The model runs over them once, in eval mode;
+            padding is left out by ``attention_mask``.
+        loss_fn: As for ``fcall``, for configs that learn from gradients.
 
     Returns:
         ``"{site}.{variant}.{leaf}" -> tensor``, each on the device of its site's weight. Trained
@@ -48,8 +59,9 @@ def init(
         TypeError: If an argument is of another kind, cfg is no config of a registered variant, or a
             pattern names a layer that cannot be adapted.
         ValueError: If a pattern matches nothing, two configs name one site, a number does not fit a
-            site's shape, a weight has no data yet, or dtype cannot hold a parameter that ``Full``
-            copies.
+            site's shape, a weight has no data yet, dtype cannot hold a parameter that ``Full``
+            copies, or there is no calibration data, too little of it, or nobody who takes it.
+        BusyModelError: If there is data and the model is running with an adapter.
 
     Example:
         >>> import torch, lora_func as lf
@@ -70,10 +82,12 @@ def init(
         raise ValueError("cfg: got no config")
     plans = [(config, find_targets(model, config).sites) for config in configs]
     _refuse_overlaps(plans)
+    stats = {} if data is None else _statistics(model, plans, data, loss_fn)
     params: Params = {}
     for config, targets in plans:
         variant = by_config(config)
-        for key, leaf in _leaves(model, config, variant, targets, seed).items():
+        weights = {target.site: _frozen(model, target) for target in targets}
+        for key, leaf in _leaves(weights, config, variant, seed, stats).items():
             if str(key) in params:
                 raise ValueError(
                     f"{key}: two {variant.name} configs would share this constant; make them one"
@@ -82,27 +96,52 @@ def init(
     return params
 
 
+def _statistics(
+    model: nn.Module, plans: Sequence[Plan], data: Iterable[Any], loss_fn: LossFn | None
+) -> dict[str, Any]:
+    takers = [(config, targets) for config, targets in plans if config.calibration is not None]
+    kinds = {type(config).__name__: config.calibration for config, _ in takers}
+    if len({*kinds.values()}) != 1:
+        raise ValueError(
+            f"data: taken by {kinds or 'none of the configs'}, of one kind at a time; init them "
+            "apart, each with its own data, and join the dicts"
+        )
+    observers = {
+        target.site: Observer(observe, config)
+        for config, targets in takers
+        for target in targets
+        if (observe := by_config(config).observe)
+    }
+    return calibrate(model, observers, data, loss_fn)
+
+
 def _leaves(
-    model: nn.Module, cfg: AdapterConfig, variant: Variant, targets: Sequence[Target], seed: int
+    weights: Mapping[str, Any],
+    cfg: AdapterConfig,
+    variant: Variant,
+    seed: int,
+    stats: Mapping[str, Any],
 ) -> dict[Key, Tensor]:
-    weights = {target.site: _frozen(model, target) for target in targets}
-    devices = {site: _device(W) for site, W in weights.items()}
     leaves: dict[Key, Tensor] = {}
     if variant.shared is not None:
         with torch.device("cpu"):
             made = variant.shared(weights, cfg, _generator(seed, SHARED, variant.name))
-        first = next(iter(devices.values()))
-        leaves |= {Key(SHARED, variant.name, name): leaf.to(first) for name, leaf in made.items()}
+        device = _device(next(iter(weights.values())))
+        leaves |= {Key(SHARED, variant.name, name): leaf.to(device) for name, leaf in made.items()}
+    resolved = {site: (cfg.at(site), stats.get(site)) for site in weights}
+    if variant.conclude is not None and stats:
+        configs = {site: config for site, (config, _) in resolved.items()}
+        resolved = variant.conclude(weights, configs, {site: stats[site] for site in weights})
     title = f"init {variant.name}"
-    for site, W in tqdm(weights.items(), title, unit="site", delay=2, disable=None):
-        generator = _generator(seed, site, variant.name)
+    for site, (config, seen) in tqdm(resolved.items(), title, unit="site", delay=2, disable=None):
+        W, generator = weights[site], _generator(seed, site, variant.name)
         try:
             with torch.device("cpu"):
-                made = variant.init(W, cfg.at(site), generator, None)
+                made = variant.init(W, config, generator, seen)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{site}: {variant.name}: {error}") from error
-        device = devices[site]
+        device = _device(W)
         leaves |= {Key(site, variant.name, name): leaf.to(device) for name, leaf in made.items()}
     return leaves
 
@@ -137,15 +176,17 @@ def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Ten
         return leaf.double()  # torch.func.grad takes no integers
     if key.is_constant and leaf.ndim == 0:
         return leaf.to(torch.promote_types(dtype, torch.float32))
+    if key.is_constant and leaf.ndim == 1:
+        return leaf.clone()  # small, and a start may be exact only at the precision of init
     if variant.parameters is not None and torch.promote_types(dtype, leaf.dtype) != dtype:
         raise ValueError(
             f"{key}: dtype={dtype} cannot hold this {leaf.dtype} parameter exactly; "
             f"pass dtype={torch.promote_types(dtype, leaf.dtype)}"
         )
-    return leaf.to(dtype).requires_grad_(not key.is_constant)
+    return leaf.to(dtype).contiguous().requires_grad_(not key.is_constant)
 
 
-def _refuse_overlaps(plans: Sequence[tuple[AdapterConfig, Sequence[Target]]]) -> None:
+def _refuse_overlaps(plans: Sequence[Plan]) -> None:
     owner: dict[str, AdapterConfig] = {}
     for config, targets in plans:
         for target in targets:

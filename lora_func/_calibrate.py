@@ -1,0 +1,201 @@
+"""The calibration pass: the frozen model runs over data while variants look on."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lora_func._batch import LossFn, arguments, result
+from lora_func._config import AdapterConfig
+from lora_func._modules import identities, structure
+from lora_func._padding import last_rows, mask_for, real_rows
+from lora_func._running import Run, refuse_others, running
+from lora_func._slots import Put, Slot
+from lora_func._types import ObserveFn
+
+See: TypeAlias = Callable[[str, Tensor, Tensor], Tensor | None]
+"""Called as ``see(site, x, y)`` when a site has run; what it returns replaces y."""
+
+
+class Observer(NamedTuple):
+    """What a site wants to know of the data.
+
+    Attributes:
+        observe: Adds to its statistics.
+        cfg: The config as the user gave it.
+    """
+
+    observe: ObserveFn
+    cfg: AdapterConfig
+
+
+def calibrate(
+    model: nn.Module,
+    observers: Mapping[str, Observer],
+    data: Iterable[Any],
+    loss_fn: LossFn | None,
+) -> dict[str, Any]:
+    """Run the frozen model over data, in eval mode, and gather the statistics of each site.
+
+    Nothing is left behind in the model, whatever happens, and no activation is kept from one batch
+    to the next. Sites that see the same tensor share one computation and its result.
+
+    Args:
+        model: The model.
+        observers: Site -> what it wants to know, all of one kind of calibration.
+        data: Batches as for ``fcall``; for "pairs" tuples (positive, negative) of them.
+        loss_fn: As for ``fcall``, where gradients are asked for.
+
+    Returns:
+        Site -> statistics.
+
+    Raises:
+        TypeError: If data is a single batch, a batch is of another kind, or a call gives no loss
+            where one is needed.
+        BusyModelError: If the model is running with an adapter.
+        ValueError: If there is no batch, padding cannot be told, pairs do not match, or a site saw
+            nothing.
+    """
+    if isinstance(data, (Mapping, Tensor)):
+        raise TypeError(f"data: got one {type(data).__name__}, expected an iterable of batches")
+    (kind,) = {observer.cfg.calibration for observer in observers.values()}
+    gather = _Gather(model, observers)
+    runs: dict[str | None, Callable[[_Gather, Any], None]] = {
+        "inputs": _inputs,
+        "gradients": partial(_gradients, loss_fn),
+        "pairs": _pairs,
+    }
+    batches = 0
+    with Put(_quiet(model)):
+        for batch in tqdm(data, "calibrate", unit="batch", disable=None):
+            runs[kind](gather, batch)
+            batches += 1
+    if not batches:
+        raise ValueError("data: got no batch")
+    for site, statistics in gather.statistics.items():
+        if statistics is None:
+            raise ValueError(
+                f"{site}: saw nothing of {batches} batches: the layer did not run, or the loss "
+                "does not depend on it; leave it out, or pass other data"
+            )
+    return gather.statistics
+
+
+def _quiet(model: nn.Module) -> Iterator[Slot]:
+    """Take the model for ourselves, and put it into eval mode."""
+    token, modules = object(), identities(structure(model))
+    yield running, token, Run(modules, modules)
+    refuse_others(token)
+    yield from ((vars(module), "training", False) for module in model.modules())
+
+
+class _Gather:
+    """The statistics so far.
+
+    The results for the tensor seen last are remembered: a site that has the same statistics as
+    another and now sees the same tensor gets the same result.
+    """
+
+    def __init__(self, model: nn.Module, observers: Mapping[str, Observer]) -> None:
+        self.model = model
+        self.observers = observers
+        self.statistics: dict[str, Any] = dict.fromkeys(observers)
+        self._seen: Tensor | None = None
+        self._results: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def add(self, site: str, batch: Any, x: Tensor, gy: Tensor | None = None) -> None:
+        """Show a site its input (..., d_in), and the gradient of its output."""
+        if x is not self._seen:
+            self._seen, self._results = x, {}
+        observe, cfg = self.observers[site]
+        before = self.statistics[site]
+        key = (observe, id(cfg), id(before), id(gy))
+        if key not in self._results:
+            mask = mask_for(site, self.model, batch, x)
+            gradients = None if gy is None else real_rows(gy, mask)
+            # the old statistics too, so that their id stays theirs
+            self._results[key] = before, observe(cfg, before, real_rows(x, mask), gradients)
+        _, self.statistics[site] = self._results[key]
+
+    def add_pairs(self, site: str, positive: Tensor, negative: Tensor) -> None:
+        """Show a site its last tokens, each (n, d_in)."""
+        if positive.shape != negative.shape:
+            raise ValueError(
+                f"{site}: {len(positive)} positive rows, {len(negative)} negative ones; row i of "
+                "one belongs to row i of the other"
+            )
+        observe, cfg = self.observers[site]
+        pairs = torch.stack([positive, negative])
+        self.statistics[site] = observe(cfg, self.statistics[site], pairs, None)
+
+    def call(self, batch: Any, see: See) -> Any:
+        """Run the model while ``see`` looks at every site."""
+        args, kwargs = arguments(batch)
+        with Put(self._hooks(see)):
+            return self.model(*args, **kwargs)
+
+    def _hooks(self, see: See) -> Iterator[Slot]:
+        for site in self.observers:
+            module, mine = self.model.get_submodule(site), object()
+            hooks = OrderedDict([(mine, partial(_hook, site, see)), *module._forward_hooks.items()])
+            yield vars(module), "_forward_hooks", hooks
+            with_kwargs = OrderedDict(module._forward_hooks_with_kwargs) | {mine: True}
+            yield vars(module), "_forward_hooks_with_kwargs", with_kwargs
+
+
+def _hook(
+    site: str, see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+) -> Tensor | None:
+    (x,) = args or kwargs.values()
+    return see(site, x, y)
+
+
+def _inputs(gather: _Gather, batch: Any) -> None:
+    with torch.no_grad():
+        gather.call(batch, lambda site, x, y: gather.add(site, batch, x))
+
+
+def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(site: str, x: Tensor, y: Tensor) -> Tensor:
+        # of a frozen base nothing requires grad before the first site
+        output = y if y.requires_grad else y.detach().requires_grad_()
+        seen.append((site, x.detach(), output))
+        return output.clone()
+
+    with torch.enable_grad():
+        loss = result(gather.call(batch, watch), batch, loss_fn)
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise TypeError(
+            f"data: gradients need a loss, the call gave {type(loss).__name__}; put labels into "
+            "the batches, or pass loss_fn"
+        )
+    outputs = [output for _, _, output in seen]
+    gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
+    for (site, x, _), gradient in zip(seen, gradients, strict=True):
+        if gradient is not None:
+            gather.add(site, batch, x, gradient)
+
+
+def _pairs(gather: _Gather, batch: Any) -> None:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(
+            f"data: got {type(batch).__name__}, expected pairs (positive batch, negative batch)"
+        )
+    sides: list[dict[str, list[Tensor]]] = []
+    for side in batch:
+        rows: dict[str, list[Tensor]] = defaultdict(list)
+
+        def watch(site: str, x: Tensor, y: Tensor, side: Any = side, rows: Any = rows) -> None:
+            rows[site].append(last_rows(site, x, mask_for(site, gather.model, side, x)))
+
+        with torch.no_grad():
+            gather.call(side, watch)
+        sides.append(rows)
+    for site in sides[0]:
+        gather.add_pairs(site, *(torch.cat(rows[site]) for rows in sides))
