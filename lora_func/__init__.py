@@ -4,7 +4,13 @@
 """
 
 from lora_func._call import adapted, fcall
-from lora_func._config import AdapterConfig, LinearConfig, LowRankConfig, ParameterConfig
+from lora_func._config import (
+    AdapterConfig,
+    LinearConfig,
+    LowRankConfig,
+    ParameterConfig,
+    RankConfig,
+)
 from lora_func._errors import BusyModelError, UnusedLeafError
 from lora_func._init import init
 from lora_func._keys import partition
@@ -15,21 +21,52 @@ from lora_func._targets import find_targets
 from lora_func._types import Params, Variant
 from lora_func._weight import Affine, Weight, dense, linear
 from lora_func.variants import register
+from lora_func.variants.antipasto import AntiPaSTO
+from lora_func.variants.bitfit import BitFit
+from lora_func.variants.delora import DeLoRA
+from lora_func.variants.dora import DoRA
+from lora_func.variants.eva import EVA
 from lora_func.variants.full import Full
+from lora_func.variants.hra import HRA
+from lora_func.variants.ia3 import IA3
+from lora_func.variants.ia3_ff import IA3FF
 from lora_func.variants.lora import LoRA
+from lora_func.variants.oft import OFT
+from lora_func.variants.pissa import PiSSA
+from lora_func.variants.road import ROAD
+from lora_func.variants.shira import SHiRA
+from lora_func.variants.ssteer import SSteer
+from lora_func.variants.ssvd import SSVD
+from lora_func.variants.vera import VeRA
 
 __all__ = [
+    "EVA",
+    "HRA",
+    "IA3",
+    "IA3FF",
+    "OFT",
+    "ROAD",
+    "SSVD",
     "AdapterConfig",
     "Affine",
+    "AntiPaSTO",
+    "BitFit",
     "BusyModelError",
+    "DeLoRA",
+    "DoRA",
     "Full",
     "LinearConfig",
     "LoRA",
     "LowRankConfig",
     "ParameterConfig",
     "Params",
+    "PiSSA",
+    "RankConfig",
+    "SHiRA",
+    "SSteer",
     "UnusedLeafError",
     "Variant",
+    "VeRA",
     "Weight",
     "adapted",
     "dense",

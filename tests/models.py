@@ -1,7 +1,9 @@
 """Small models with random weights, built from configs."""
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -11,6 +13,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import lora_func as lf
+from lora_func._keys import group
+from lora_func._weight import affine
+from lora_func.variants import by_name
 
 VOCABULARY = 64
 
@@ -91,3 +98,26 @@ def batch_for(
     if model.config.model_type == "bert":
         labels = torch.randint(0, model.config.num_labels, (rows,), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def scramble(params: lf.Params, seed: int = 0) -> lf.Params:
+    """Move every trained leaf away from its start, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for leaf in lf.partition(params)[0].values():
+        leaf.data += 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf)
+    return params
+
+
+def merged(model: PreTrainedModel, params: lf.Params) -> PreTrainedModel:
+    """A copy of the model that has the adapted weights and biases for its own."""
+    model = copy.deepcopy(model)
+    for (site, name), keys in group(params).items():
+        module, variant = model.get_submodule(site), by_name(name)
+        leaves = {leaf: params[key].detach() for leaf, key in keys.items()}
+        W = affine(module)
+        weight = variant.weight(W, leaves)
+        module.weight = nn.Parameter(weight if isinstance(module, nn.Linear) else weight.T)
+        if variant.bias is not None:
+            bias = variant.bias(W.bias, leaves)
+            module.bias = None if bias is None else nn.Parameter(bias)
+    return model

@@ -15,13 +15,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # a module may import from the rows above its own
 LAYERS = [
-    {"_errors", "_weight", "_config", "_modules"},
+    {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch", "_padding"},
+    {"_config"},
     {"_types"},
-    {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers"},
-    {"variants.full", "variants.lora", "variants._template"},
+    {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers", "_running"},
+    {"_moments", "_calibrate"},
+    {f"variants.{file.stem}" for file in PACKAGE.glob("variants/[!_]*.py")}
+    | {"variants._template"},
     {"variants"},
     {"_targets", "_plan"},
-    {"_init", "_running", "_stack", "_summary"},
+    {"_init", "_stack", "_summary"},
     {"_inject"},
     {"_call"},
     {""},
@@ -76,18 +79,27 @@ def test_a_variant_file_ends_with_its_variant():
     for file in (PACKAGE / "variants").glob("[!_]*.py"):
         last = ast.parse(file.read_text()).body[-1]
         assert isinstance(last, ast.Assign), file
-        assert last.targets[0].id == "VARIANT", file
+        assert last.targets[0].id in {"VARIANT", "VARIANTS"}, file
 
 
 def test_files_and_functions_are_short():
     for file in FILES:
         text = file.read_text()
-        limit = 120 if file.parent.name == "variants" else 250
-        assert text.count("\n") <= limit, f"{file.name}: {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
+        assert text.count("\n") <= 250, f"{file.name}: {text.count(chr(10))} lines"
+        nodes = [*ast.walk(ast.parse(text))]
+        documented = {
+            node: (ast.get_docstring(node, clean=False) or "").count("\n")
+            for node in nodes
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        }
+        if file.parent.name == "variants":
+            lines = text.count("\n") - sum(documented.values())
+            assert lines <= (170 if "VARIANTS = " in text else 130), (
+                f"{file.name}: {lines} lines beside its docstrings"
+            )
+        for node in documented:
             if isinstance(node, ast.FunctionDef):
-                documented = ast.get_docstring(node, clean=False) or ""
-                lines = node.end_lineno - node.lineno + 1 - documented.count("\n")
+                lines = node.end_lineno - node.lineno + 1 - documented[node]
                 assert lines <= 40, f"{file.name}: {node.name} has {lines} lines"
 
 

@@ -5,25 +5,15 @@ import copy
 import peft
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_func as lf
 from lora_func._keys import group
-from lora_func._weight import affine
-from lora_func.variants import by_name
-from tests.models import MODELS, batch_for, make
+from tests.models import MODELS, batch_for, make, merged, scramble
 
 EACH_MODEL = pytest.mark.parametrize("family", MODELS)
 OVER_ADAPTERS = (None, 0, None)
-
-
-def scramble(params, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for leaf in lf.partition(params)[0].values():
-        leaf.data += 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf)
-    return params
 
 
 def adapter(model, seed=0, **settings):
@@ -34,17 +24,6 @@ def loss_and_gradients(model, params, batch):
     trained, _ = lf.partition(params)
     loss = lf.fcall(model, params, batch)
     return loss, dict(zip(trained, torch.autograd.grad(loss, [*trained.values()]), strict=True))
-
-
-def merged(model, params):
-    """A copy of the model that has the adapted weights for its own."""
-    model = copy.deepcopy(model)
-    for (site, variant), keys in group(params).items():
-        module = model.get_submodule(site)
-        leaves = {leaf: params[key].detach() for leaf, key in keys.items()}
-        weight = by_name(variant).weight(affine(module), leaves)
-        module.weight = nn.Parameter(weight if isinstance(module, nn.Linear) else weight.T)
-    return model
 
 
 @EACH_MODEL

@@ -2,11 +2,44 @@
 
 from lora_func._config import AdapterConfig
 from lora_func._types import Variant
-from lora_func.variants import full, lora
+from lora_func.variants import (
+    antipasto,
+    bitfit,
+    delora,
+    dora,
+    eva,
+    full,
+    hra,
+    ia3,
+    ia3_ff,
+    lora,
+    oft,
+    pissa,
+    road,
+    shira,
+    ssteer,
+    ssvd,
+    vera,
+)
 
 _TABLE = (
+    antipasto.VARIANT,
+    bitfit.VARIANT,
+    delora.VARIANT,
+    dora.VARIANT,
+    eva.VARIANT,
     full.VARIANT,
+    hra.VARIANT,
+    ia3.VARIANT,
+    ia3_ff.VARIANT,
     lora.VARIANT,
+    oft.VARIANT,
+    pissa.VARIANT,
+    *road.VARIANTS,
+    shira.VARIANT,
+    *ssteer.VARIANTS,
+    ssvd.VARIANT,
+    vera.VARIANT,
 )
 
 _by_name = {variant.name: variant for variant in _TABLE}
@@ -21,7 +54,7 @@ def register(variant: Variant) -> None:
 
     Raises:
         ValueError: If the name is no identifier, or if name or config class belong to another
-            variant.
+            variant and the config does not tell them apart by its property ``variant``.
     """
     if not variant.name.isidentifier():
         raise ValueError(
@@ -30,7 +63,8 @@ def register(variant: Variant) -> None:
     for other in _by_name.values():
         if variant == other:
             return
-        if variant.name == other.name or variant.config is other.config:
+        alone = variant.config.variant is AdapterConfig.variant
+        if variant.name == other.name or (variant.config is other.config and alone):
             raise ValueError(
                 f"variant {variant.name!r} with config {variant.config.__name__}: taken by "
                 f"{other.name!r} with config {other.config.__name__}; choose another name and class"
@@ -56,7 +90,7 @@ def by_config(cfg: AdapterConfig) -> Variant:
         TypeError: If no variant has this config class.
     """
     for variant in _by_name.values():
-        if type(cfg) is variant.config:
+        if type(cfg) is variant.config and cfg.variant in (None, variant.name):
             return variant
-    names = ", ".join(v.config.__name__ for v in _by_name.values())
+    names = ", ".join(dict.fromkeys(v.config.__name__ for v in _by_name.values()))
     raise TypeError(f"{cfg!r} is no adapter config; expected one of {names}")

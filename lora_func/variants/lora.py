@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from lora_func._checks import check_flag
 from lora_func._config import LowRankConfig
-from lora_func._linalg import kaiming_uniform, low_rank, low_rank_norm
+from lora_func._linalg import kaiming_uniform, low_rank, low_rank_norm, refuse_rank_above
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -47,8 +48,7 @@ class LoRA(LowRankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"rslora: got {self.rslora!r}, expected True or False")
+        check_flag("rslora", self.rslora)
 
     @property
     def scale(self) -> float:
@@ -63,15 +63,9 @@ def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict
 
     Returns:
         A (r, d_in), B (d_out, r), _scale ().
-
-    Raises:
-        ValueError: If r is above min(d_out, d_in).
     """
     d_out, d_in = W.shape
-    if cfg.r > min(d_out, d_in):
-        raise ValueError(
-            f"r = {cfg.r} exceeds min(d_out, d_in) = {min(d_out, d_in)}; lower r or rank_pattern"
-        )
+    refuse_rank_above(cfg.r, (d_out, d_in))
     return {
         "A": kaiming_uniform(cfg.r, d_in, generator),
         "B": torch.zeros(d_out, cfg.r),

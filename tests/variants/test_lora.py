@@ -10,8 +10,8 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
-from lora_func.variants import lora
 from tests.cases import Case, make_layer
+from tests.parity import assert_parity, same
 from tests.strategies import layers
 
 LORA = Case("lora", lambda r: lf.LoRA(r=r, alpha=5.0))
@@ -123,38 +123,13 @@ def test_refuses_a_rank_above_the_smaller_side():
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("r", [1, 3, 8])
 def test_parity_with_peft(dtype, bias, rslora, r):
-    base = nn.Sequential(nn.Linear(48, 64, bias=bias)).to(dtype)
-    params = lf.init(base, lf.LoRA(r=r, alpha=5.0, rslora=rslora), dtype=dtype)
-    trained, _ = lf.partition(params)
-    for leaf in trained.values():
-        leaf.data.normal_()
-    x = torch.randn(2, 7, 48, dtype=dtype, requires_grad=True)
-    y = lf.fcall(base, params, x)
-    merged = merged_weight(base[0], params)
-
-    config = peft.LoraConfig(r=r, lora_alpha=5.0, use_rslora=rslora, target_modules=["0"])
-    theirs = peft.get_peft_model(base, config).base_model.model[0]
-    pair = theirs.lora_A["default"].to(dtype), theirs.lora_B["default"].to(dtype)
-    for module, leaf in zip(pair, trained.values(), strict=True):
-        module.weight.data.copy_(leaf.data)
-    their_x = x.detach().clone().requires_grad_()
-    their_y = theirs(their_x)
-
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert relative(y, their_y) <= tolerance
-    weights = torch.randn_like(y)
-    ours = torch.autograd.grad((y * weights).sum(), [*trained.values(), x])
-    theirs_ = torch.autograd.grad((their_y * weights).sum(), [m.weight for m in pair] + [their_x])
-    for gradient, their_gradient in zip(ours, theirs_, strict=True):
-        assert relative(gradient, their_gradient) <= tolerance
-    theirs.merge()
-    assert relative(merged, theirs.get_base_layer().weight) <= tolerance
-
-
-def merged_weight(layer, params):
-    leaves = {key.rsplit(".", 1)[1]: leaf for key, leaf in params.items()}
-    return lora.weight(layer.weight, leaves)
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
+    assert_parity(
+        lf.LoRA(r=r, alpha=5.0, rslora=rslora),
+        peft.LoraConfig(r=r, lora_alpha=5.0, use_rslora=rslora, target_modules=["0"]),
+        lambda layer: {
+            "A": (layer.lora_A["default"].weight, same),
+            "B": (layer.lora_B["default"].weight, same),
+        },
+        bias=bias,
+        dtype=dtype,
+    )

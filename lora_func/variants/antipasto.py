@@ -1,0 +1,180 @@
+"""AntiPaSTO: steer a layer in the space of its singular vectors.
+
+    V: W' = W + U [(S + c δ) (R - I)ᵀ Vᵀ + c δ Vᵀ]        h -> (h R) (S + c δ),   h = x V
+    U: W' = W + [U (R - I) (S + c δ) + U c δ] Vᵀ
+
+R = (I - X)⁻¹ (I + X) is a block-diagonal rotation, X = c A / 2, A = a tanh((T - Tᵀ) / 2a), with
+a = 2 tan(max_angle / 2), T the trained strict upper triangle and c the steering coefficient.
+
+*Identity at the start because* T = 0 and δ = 0, and only R - I and δ are applied.
+
+Asks of W: ``dense`` at init, ``linear`` after that. Takes calibration data.
+
+References:
+    https://arxiv.org/abs/2601.07473, eq. 4, 6-8, appendix A.4-A.5. Code: wassname/AntiPaSTO, and
+    ``variants/antipasto.py`` of wassname/lora-lite.
+
+Deviations: the codes write the residual into the weight, drop the layer's bias (the authors') or
+rotate the other way (lora-lite: negate T); we do none of it. The authors rotate one block of r x r
+and start δ off zero; ours starts at zero, in blocks. tanh bounds entries, not angles: in blocks
+larger than 2 the largest angle is ``2 atan(tan(max_angle / 2) / tan(π / 2b))``. Directions are
+chosen by S times the size of the activation along them, one pool for all batches; the authors'
+contrastive choice from pairs is not offered.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_choice, check_count, check_number
+from lora_func._config import Calibration, RankConfig
+from lora_func._linalg import (
+    at_least_float32,
+    cayley,
+    refuse_rank_above,
+    rotate_blocks,
+    skew,
+    skew_size,
+    svd,
+)
+from lora_func._moments import Moments, observe
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class AntiPaSTO(RankConfig):
+    """Rotation and scaling of r singular directions; the authors adapt residual writers.
+
+    With ``init(..., data=batches)`` the directions are those with the largest S times activation;
+    without data those with the largest S.
+
+    Attributes:
+        block_size: Side of a block of the rotation; divides r.
+        rotate: "V" (the layer's input side), "U" (its output side) or "none" (only δ).
+        max_angle: Bound of the rotation in radians, between 0 and π; see the module for blocks
+            larger than 2.
+        coeff: The steering coefficient c, kept as the constant ``_coeff``: -1 reverses the rotation
+            and the sign of δ, 0 is the base.
+        pool: The size of an activation: "rms", or "std" as in the paper's text.
+    """
+
+    r: int = 16
+    block_size: int = 4
+    rotate: str = "V"
+    max_angle: float = math.pi / 3
+    coeff: float = 1.0
+    pool: str = "rms"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("rotate", self.rotate, ("V", "U", "none"))
+        check_choice("pool", self.pool, ("rms", "std"))
+        check_number("coeff", self.coeff)
+        check_number("max_angle", self.max_angle, above=0)
+        if self.max_angle >= math.pi:
+            raise ValueError(f"max_angle: got {self.max_angle!r}, expected less than π")
+        if self.rotate == "none":
+            return
+        check_count("block_size", self.block_size, least=2)
+        for r in (self.r, *self.rank_pattern.values()):
+            if r % self.block_size:
+                raise ValueError(f"r: got {r}, expected a multiple of block_size={self.block_size}")
+
+    @property
+    def calibration(self) -> Calibration:
+        """The inputs of each site."""
+        return "inputs"
+
+
+def init(
+    W: Weight, cfg: AntiPaSTO, generator: Generator, stats: Moments | None = None
+) -> dict[str, Tensor]:
+    """Choose r singular directions, in the order of S.
+
+    Returns:
+        rot_V or rot_U (r / b, b (b - 1) / 2) and _max_angle () if there is a rotation; delta_s and
+        _S (r,), _U (d_out, r), _Vh (r, d_in), _coeff ().
+    """
+    refuse_rank_above(cfg.r, W.shape)
+    U, S, Vh = svd(dense(W), min(W.shape))
+    chosen = torch.arange(cfg.r, device=S.device)
+    if stats is not None:
+        stats.require(cfg.r)
+        score = S * stats.along(Vh, center=cfg.pool == "std")
+        chosen = score.topk(cfg.r).indices.sort().values
+    rotation = {}
+    if cfg.rotate != "none":
+        b = cfg.block_size
+        rotation = {
+            f"rot_{cfg.rotate}": torch.zeros(cfg.r // b, b * (b - 1) // 2),
+            "_max_angle": torch.tensor(cfg.max_angle, dtype=torch.float64),
+        }
+    return {
+        **rotation,
+        "delta_s": torch.zeros(cfg.r),
+        "_U": U[:, chosen],
+        "_S": S[chosen],
+        "_Vh": Vh[chosen],
+        "_coeff": torch.tensor(cfg.coeff, dtype=torch.float64),
+    }
+
+
+def rotation(params: Mapping[str, Tensor], rot: Tensor) -> Tensor:
+    """Compute R - I.
+
+    Returns:
+        Shape (blocks, b, b), float32 or better.
+    """
+    rot = at_least_float32(rot)
+    a = 2 * (params["_max_angle"].to(rot.dtype) / 2).tan()
+    A = a * (skew(rot / 2, skew_size(rot)) / a).tanh()
+    return cayley(params["_coeff"].to(rot.dtype) * A / 2)
+
+
+def _steer(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
+    """The change in singular coordinates, (..., r) -> (..., r)."""
+    delta = at_least_float32(params["_coeff"] * params["delta_s"])
+    S = (params["_S"] + delta).to(h.dtype)
+    delta = delta.to(h.dtype)
+    if "rot_V" in params:
+        return torch.addcmul(h * delta, rotate_blocks(h, rotation(params, params["rot_V"])), S)
+    if "rot_U" in params:
+        E = rotation(params, params["rot_U"])
+        return h * delta + rotate_blocks(h * S, E.mT)
+    return h * delta
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Steer the activation between the singular vectors.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    h = linear(x, params["_Vh"].to(x.dtype))
+    return linear(x, W) + linear(_steer(params, h), params["_U"].to(x.dtype))
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W'``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W, Vh = dense(W), params["_Vh"]
+    return W + (params["_U"] @ _steer(params, Vh.mT).mT).to(W.dtype)
+
+
+VARIANT = Variant(
+    name="antipasto",
+    config=AntiPaSTO,
+    init=init,
+    apply=apply,
+    weight=weight,
+    observe=observe,
+    rank_axes={"delta_s": -1},
+    pads=False,
+)

@@ -1,0 +1,144 @@
+"""DeLoRA: a low-rank term of normalised directions, whose strength is one number.
+
+    W' = W + (λ / r) Σ_k  (b_k / ‖b_k‖) (a_k / ‖a_k‖)ᵀ diag(w),   w_j = ‖W_{:,j}‖
+
+*Identity at the start because* B = 0 ("zero_b"), or because the same term with the frozen copies
+A0, B0 is subtracted, as a difference that is exactly zero there ("frozen_copy").
+
+Asks of W: ``dense`` at init, ``linear`` after that.
+
+References:
+    https://arxiv.org/abs/2503.18225, eq. 8-9. Code: ExplainableML/DeLoRA, huggingface/peft
+    ``tuners/delora/layer.py``.
+
+Deviations: the paper scales by the scalar ‖W‖, both codes by the norms of the input channels; we
+follow the codes. The paper subtracts a frozen copy with the initial λ, the authors' code with the
+current one, which we follow; PEFT starts from B = 0, our default too. Note what that start does:
+norms are floored at 1e-4 as in the codes, so after one step of any learning rate B is no longer
+zero and the normalised term is at full strength. "frozen_copy" has no such jump.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_choice, check_number
+from lora_func._config import RankConfig
+from lora_func._linalg import (
+    at_least_float32,
+    difference,
+    kaiming_uniform,
+    low_rank,
+    low_rank_norm,
+)
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+_FLOOR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeLoRA(RankConfig):
+    """Decoupled low-rank adaptation: angles and strength are trained apart.
+
+    Attributes:
+        lambda_: Where the strength λ starts; not 0, which would have no gradient.
+        init: "zero_b", or "frozen_copy" at twice the cost and without the jump of the first step.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.DeLoRA(r=2))
+        >>> list(params)
+        ['0.delora.A', '0.delora.B', '0.delora.lambda', '0.delora._w_norm']
+    """
+
+    lambda_: float = 15.0
+    init: str = "zero_b"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("lambda_", self.lambda_)
+        if self.lambda_ == 0:
+            raise ValueError("lambda_: got 0, at which every gradient is zero; choose another")
+        check_choice("init", self.init, ("zero_b", "frozen_copy"))
+
+
+def init(W: Weight, cfg: DeLoRA, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Draw A, and B unless it starts at zero.
+
+    Returns:
+        A (r, d_in), B (d_out, r), lambda (), _w_norm (d_in,); _A0 and _B0 for a frozen copy.
+    """
+    d_out, d_in = W.shape
+    leaves = {
+        "A": kaiming_uniform(cfg.r, d_in, generator),
+        "B": torch.zeros(d_out, cfg.r),
+        "lambda": torch.tensor(cfg.lambda_, dtype=torch.float64),
+        "_w_norm": at_least_float32(dense(W)).square().sum(-2).sqrt(),
+    }
+    if cfg.init == "frozen_copy":
+        leaves["B"] = kaiming_uniform(d_out, cfg.r, generator)
+        leaves |= {"_A0": leaves["A"].clone(), "_B0": leaves["B"].clone()}
+    return leaves
+
+
+def _norm(v: Tensor, axis: int) -> Tensor:
+    return v.square().sum(axis, keepdim=True).clamp_min(_FLOOR**2).sqrt()
+
+
+def _pair(params: Mapping[str, Tensor], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    A, B = at_least_float32(A), at_least_float32(B)
+    strength = (params["lambda"] / A.shape[-2])[..., None, None].to(B.dtype)
+    channels = params["_w_norm"][..., None, :].to(A.dtype)
+    return A * channels, B * (strength / (_norm(B, -2) * _norm(A, -1).mT))
+
+
+def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    A, B = _pair(params, params["A"], params["B"])
+    if "_A0" not in params:
+        return A, B
+    return difference(A, B, *_pair(params, params["_A0"], params["_B0"]))
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute the frozen output and the low-rank term, with the norms folded into the factors.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    A, B = _factors(params)
+    return linear(x, W) + low_rank(x, A, B, B.new_ones(()))
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W`` plus the low-rank term.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W, (A, B) = dense(W), _factors(params)
+    return W + (B @ A).to(W.dtype)
+
+
+def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+    """Compute the norm of the low-rank term.
+
+    Returns:
+        Shape ().
+    """
+    A, B = _factors(params)
+    return low_rank_norm(A, B, B.new_ones(()))
+
+
+VARIANT = Variant(
+    name="delora",
+    config=DeLoRA,
+    init=init,
+    apply=apply,
+    weight=weight,
+    delta_norm=delta_norm,
+    rank_axes={"A": -2, "B": -1, "_A0": -2, "_B0": -1},
+    pads=False,
+)

@@ -1,0 +1,96 @@
+"""HRA: a chain of trained Householder reflections on the input.
+
+    W' = W H_1 ... H_r,   H_i = I - 2 u_i u_iᵀ / ‖u_i‖²
+
+*Identity at the start because* the reflections start in equal pairs, and two equal ones cancel: in
+exact arithmetic; in floating point to 8 eps of the input.
+
+Asks of W: ``linear`` only.
+
+The chain is applied in its compact WY form, ``H_1 ... H_r = I - Uᵀ M⁻¹ U`` with M the strict upper
+triangle of ``U Uᵀ`` plus half its diagonal: one triangular solve with r x r, and no d_in x d_in.
+
+References:
+    https://arxiv.org/abs/2405.17484, eq. 1. Code: DaShenZi721/HRA, huggingface/peft
+    ``tuners/hra/layer.py``.
+
+Deviations: the authors' code for Llama reflects the output; we follow the paper, their code for
+diffusion and PEFT, which reflect the input. PEFT draws an odd number of reflections without pairs,
+and its Gram-Schmidt option breaks the pairs; neither starts as the base, and we offer neither.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._config import RankConfig
+from lora_func._linalg import at_least_float32
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRA(RankConfig):
+    """Householder reflection adaptation; r counts reflections and is even.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.HRA(r=2))
+        >>> params["0.hra.U"].shape
+        torch.Size([2, 4])
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for r in (self.r, *self.rank_pattern.values()):
+            if r % 2:
+                raise ValueError(f"r: got {r}, expected an even number; reflections come in pairs")
+
+
+def init(W: Weight, cfg: HRA, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Draw r / 2 vectors from U(-√(2/r), √(2/r)), the references' distribution, each twice.
+
+    Returns:
+        U (r, d_in), the reflections in the order of the product.
+    """
+    _, d_in = W.shape
+    bound = (2 / cfg.r) ** 0.5
+    pairs = torch.empty(cfg.r // 2, d_in, dtype=torch.float32)
+    return {"U": pairs.uniform_(-bound, bound, generator=generator).repeat_interleave(2, 0)}
+
+
+def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """U and P = M⁻ᵀ U, with ``H_1 ... H_r = I - Pᵀ U``."""
+    U = at_least_float32(params["U"])
+    gram = U @ U.mT
+    half = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(U.dtype).tiny) / 2
+    M = gram.triu(1) + torch.diag_embed(half)
+    return U, torch.linalg.solve_triangular(M.mT, U, upper=False)
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Reflect the input, the last reflection first.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    U, P = (factor.to(x.dtype) for factor in _factors(params))
+    return linear(x - linear(x, U) @ P, W)
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W H_1 ... H_r``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    U, P = (factor.to(W.dtype) for factor in _factors(params))
+    return W - (W @ P.mT) @ U
+
+
+VARIANT = Variant(
+    name="hra", config=HRA, init=init, apply=apply, weight=weight, rank_axes={"U": -2}
+)

@@ -1,0 +1,79 @@
+"""IA3: a trained gain for each output.
+
+    W' = diag(g) W,   b' = g b
+
+*Identity at the start because* g = 1, and the output is y + (g - 1) y.
+
+Asks of W: ``linear`` only.
+
+References:
+    https://arxiv.org/abs/2205.05638, section 3.3. Code: r-three/t-few ``configs/ia3.json``,
+    huggingface/peft ``tuners/ia3/layer.py``.
+
+Deviations: the paper puts it on keys, values and the inner activations of the feed-forward; which
+layers take part is the config's to say (see also ``IA3FF``). The bias is scaled with the output, as
+in PEFT. g is a float32 leaf also on a bfloat16 model, where steps near 1 would be rounded away.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._config import LinearConfig
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(LinearConfig):
+    """Gains on the outputs of a layer; the authors choose keys and values.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> list(lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.IA3()))
+        ['0.ia3.g']
+    """
+
+
+def init(W: Weight, cfg: IA3, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Set every gain to one.
+
+    Returns:
+        g (d_out,).
+    """
+    d_out, _ = W.shape
+    return {"g": torch.ones(d_out)}
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``y + (g - 1) y`` with ``y = linear(x, W)``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    y = linear(x, W)
+    return torch.addcmul(y, (params["g"] - 1).to(y.dtype), y)
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``diag(g) W``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + (params["g"] - 1).to(W.dtype)[:, None] * W
+
+
+def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
+    """Compute ``g b``.
+
+    Returns:
+        Shape (d_out,), or None.
+    """
+    return None if b is None else b + (params["g"] - 1).to(b.dtype) * b
+
+
+VARIANT = Variant(name="ia3", config=IA3, init=init, apply=apply, weight=weight, bias=bias)

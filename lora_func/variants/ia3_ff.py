@@ -1,0 +1,68 @@
+"""IA3 on the input side: a trained gain for each input.
+
+    W' = W diag(g)
+
+*Identity at the start because* g = 1, and the input is x + (g - 1) x.
+
+Asks of W: ``linear`` only.
+
+References:
+    https://arxiv.org/abs/2205.05638, section 3.3 (the feed-forward's l_ff). Code: huggingface/peft
+    ``tuners/ia3/layer.py`` (``feedforward_modules``).
+
+Deviations: T-Few gates the output of the layer before the second feed-forward one, which is the
+same thing; PEFT and we gate the input of that one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._config import LinearConfig
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3FF(LinearConfig):
+    """Gains on the inputs of a layer; the authors choose the second feed-forward layer.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> list(lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.IA3FF()))
+        ['0.ia3_ff.g']
+    """
+
+
+def init(W: Weight, cfg: IA3FF, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Set every gain to one.
+
+    Returns:
+        g (d_in,).
+    """
+    _, d_in = W.shape
+    return {"g": torch.ones(d_in)}
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x + (g - 1) x, W)``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return linear(torch.addcmul(x, (params["g"] - 1).to(x.dtype), x), W)
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W diag(g)``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + W * (params["g"] - 1).to(W.dtype)
+
+
+VARIANT = Variant(name="ia3_ff", config=IA3FF, init=init, apply=apply, weight=weight)

@@ -1,0 +1,116 @@
+"""OFT: a trained block-diagonal rotation of the input.
+
+    W' = W Rᵀ,   R = (I + Q) (I - Q)⁻¹ in each block, Q skew-symmetric
+
+*Identity at the start because* Q = 0, and the input is x + x (R - I).
+
+Asks of W: ``linear`` only.
+
+References:
+    https://arxiv.org/abs/2306.07280; OFTv2, the form on the input,
+    https://arxiv.org/abs/2506.19847. Code: Zeju1997/oft, huggingface/peft ``tuners/oft/layer.py``.
+
+Deviations: PEFT's exact branch computes the inverse of what its Neumann branch approximates; we
+follow the paper in both (negate R when you bring a checkpoint with ``use_cayley_neumann=False``).
+PEFT changes a block size that does not divide d_in; we refuse it. An even number of Neumann terms
+is more orthogonal than the next odd one: the defect is ``q^(2(t-1))`` for even t and about
+``2 q^(t-1)`` for odd t, with q = ‖Q‖₂; for q ≥ 1 the series does not converge.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_count
+from lora_func._config import LinearConfig
+from lora_func._linalg import at_least_float32, cayley, rotate_blocks, skew, skew_size
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFT(LinearConfig):
+    """Orthogonal fine-tuning.
+
+    Attributes:
+        block_size: Side of a block; divides d_in.
+        neumann_terms: None for the exact Cayley transform; else how many terms of its Neumann
+            series, counted as PEFT's ``num_cayley_neumann_terms`` (there 5 by default): 2 is
+            ``I + 2 Q``, 3 and 4 are ``I + 2 Q + 2 Q² + Q³``.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 3)), lf.OFT(block_size=4))
+        >>> params["0.oft.R"].shape
+        torch.Size([2, 6])
+    """
+
+    block_size: int = 32
+    neumann_terms: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("block_size", self.block_size, least=2)
+        if self.neumann_terms is not None:
+            check_count("neumann_terms", self.neumann_terms, least=2)
+
+
+def init(W: Weight, cfg: OFT, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Start without a rotation.
+
+    Returns:
+        R (blocks, b (b - 1) / 2), the strict upper triangles of Q, row by row; _neumann (terms,),
+        ones, whose number is what counts.
+
+    Raises:
+        ValueError: If the block size does not divide d_in.
+    """
+    (_, d_in), b = W.shape, cfg.block_size
+    if d_in % b:
+        raise ValueError(f"block_size = {b} does not divide d_in = {d_in}; choose a divisor")
+    leaves = {"R": torch.zeros(d_in // b, b * (b - 1) // 2)}
+    if cfg.neumann_terms is not None:
+        leaves["_neumann"] = torch.ones(cfg.neumann_terms)
+    return leaves
+
+
+def rotation(params: Mapping[str, Tensor]) -> Tensor:
+    """Compute R - I.
+
+    Returns:
+        Shape (blocks, b, b), float32 or better.
+    """
+    Q = at_least_float32(skew(params["R"], skew_size(params["R"])))
+    if "_neumann" not in params:
+        return cayley(Q)
+    terms = params["_neumann"].shape[-1]
+    if terms == 2:
+        return 2 * Q
+    powers = Q
+    for _ in range(max(terms, 4) - 3):
+        powers = Q + Q @ powers
+    return powers + Q + Q @ powers
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Rotate the input.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return linear(x + rotate_blocks(x, rotation(params)), W)
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W Rᵀ``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + rotate_blocks(W, rotation(params).mT)
+
+
+VARIANT = Variant(name="oft", config=OFT, init=init, apply=apply, weight=weight)

@@ -1,0 +1,110 @@
+"""PiSSA: LoRA that starts from the principal singular directions of the weight.
+
+    W' = W + s (B A - B0 A0),   s B0 A0 = the r largest singular components of W
+
+*Identity at the start because* the difference is taken as (B - B0) A + B0 (A - A0), both terms of
+which are exactly zero at A0, B0 in every dtype.
+
+Asks of W: ``dense`` at init, ``linear`` after that.
+
+References:
+    https://arxiv.org/abs/2404.02948, eq. 2-5. Code: MuLabPKU/PiSSA, huggingface/peft
+    ``tuners/lora/layer.py`` (``pissa_init``).
+
+Deviations: paper and codes write the residual W - s B0 A0 into the base weight, which is then off
+by rounding; we keep A0 and B0 as constants and the base as it is. S is divided by s before the
+factors are made, as in PEFT, so that the start does not depend on alpha. On a quantised base the
+residual is not quantised again (no QPiSSA). Weight decay pulls W' towards W without its principal
+part, as in PEFT.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_count
+from lora_func._config import LowRankConfig
+from lora_func._linalg import difference, low_rank, low_rank_norm, svd
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSA(LowRankConfig):
+    """Principal singular values and vectors adaptation. The authors train with ``alpha = r``.
+
+    Attributes:
+        niter: None for the exact singular value decomposition; an integer for the randomised one
+            with that many power iterations, much faster on wide layers.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.PiSSA(r=2))
+        >>> [key for key, leaf in params.items() if leaf.requires_grad]
+        ['0.pissa.A', '0.pissa.B']
+    """
+
+    niter: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.niter is not None:
+            check_count("niter", self.niter, least=0)
+
+
+def init(W: Weight, cfg: PiSSA, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Split the principal part of W evenly between the factors.
+
+    Returns:
+        A and _A0 (r, d_in), B and _B0 (d_out, r), _scale ().
+    """
+    U, S, Vh = svd(dense(W), cfg.r, cfg.niter, generator)
+    root = (S / cfg.scale).sqrt()
+    A, B = root[:, None] * Vh, U * root
+    scale = torch.tensor(cfg.scale, dtype=torch.float64)
+    return {"A": A, "B": B, "_A0": A.clone(), "_B0": B.clone(), "_scale": scale}
+
+
+def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return difference(params["A"], params["B"], params["_A0"], params["_B0"])
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x, W) + s x (B A - B0 A0)ᵀ``, as a LoRA of rank 2r.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return linear(x, W) + low_rank(x, *_factors(params), params["_scale"])
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + s (B A - B0 A0)``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W, (down, up) = dense(W), _factors(params)
+    return W + (params["_scale"] * (up @ down)).to(W.dtype)
+
+
+def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+    """Compute the norm of ``s (B A - B0 A0)``.
+
+    Returns:
+        Shape ().
+    """
+    return low_rank_norm(*_factors(params), params["_scale"])
+
+
+VARIANT = Variant(
+    name="pissa",
+    config=PiSSA,
+    init=init,
+    apply=apply,
+    weight=weight,
+    delta_norm=delta_norm,
+    rank_axes={"A": -2, "B": -1, "_A0": -2, "_B0": -1},
+)

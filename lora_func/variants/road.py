@@ -1,0 +1,117 @@
+"""RoAd: rotate and scale pairs of outputs.
+
+    y' = R y,   (y_j, y_k) -> α (cos θ y_j - sin θ y_k, sin θ y_j + cos θ y_k),   b' = R b
+
+In a group of g outputs, j is paired with k = j + g / 2. ``road1`` has one θ and α for each pair,
+``road2`` one for each output, ``road4`` one for each of the four entries of a pair's matrix.
+
+*Identity at the start because* θ = 0 and α = 1, and only R - I is applied.
+
+Asks of W: ``linear`` only.
+
+References:
+    https://arxiv.org/abs/2409.00119, eq. 2-4 and table 1. Code: huggingface/peft
+    ``tuners/road/layer.py``.
+
+Deviations: the paper pairs neighbours, PEFT j with j + g / 2, a fixed permutation of the same; we
+follow PEFT, and ``group_size=2`` gives the paper's. The bias is rotated with the output, as in
+PEFT.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_choice, check_count
+from lora_func._config import LinearConfig
+from lora_func._linalg import at_least_float32
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+_KINDS = (1, 2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ROAD(LinearConfig):
+    """2D rotary adaptation.
+
+    Attributes:
+        kind: 1, 2 or 4: how many times d_out / 2 there are of θ and α each.
+        group_size: Outputs in a group; even, divides d_out.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> params = lf.init(model, lf.ROAD(kind=2, group_size=4))
+        >>> {key: tuple(leaf.shape) for key, leaf in params.items()}
+        {'0.road2.theta': (2, 4), '0.road2.alpha': (2, 4)}
+    """
+
+    kind: int = 1
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("kind", self.kind, _KINDS)
+        check_count("group_size", self.group_size, least=2)
+        if self.group_size % 2:
+            raise ValueError(f"group_size: got {self.group_size}, expected an even number")
+
+    @property
+    def variant(self) -> str:
+        """The name that belongs to the kind."""
+        return f"road{self.kind}"
+
+
+def init(W: Weight, cfg: ROAD, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Start without rotation or scaling.
+
+    Returns:
+        theta and alpha, shape (groups, g / 2), (groups, g) or (groups, 2, g).
+
+    Raises:
+        ValueError: If the group size does not divide d_out.
+    """
+    d_out, _ = W.shape
+    if d_out % cfg.group_size:
+        raise ValueError(
+            f"group_size = {cfg.group_size} does not divide d_out = {d_out}; choose a divisor"
+        )
+    g = cfg.group_size
+    shape = (d_out // g, *{1: (g // 2,), 2: (g,), 4: (2, g)}[cfg.kind])
+    return {"theta": torch.zeros(shape), "alpha": torch.ones(shape)}
+
+
+def _entries(kind: int, theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal less one and the off-diagonal of each output, shape (groups, g)."""
+    cos, sin = alpha * theta.cos() - 1, alpha * theta.sin()
+    if kind == 1:
+        return cos.repeat(1, 2), sin.repeat(1, 2)
+    return (cos, sin) if kind == 2 else (cos[:, 0], sin[:, 1])
+
+
+def _rotate(y: Tensor, params: Mapping[str, Tensor], kind: int) -> Tensor:
+    theta, alpha = at_least_float32(params["theta"]), at_least_float32(params["alpha"])
+    diagonal, across = (entry.to(y.dtype) for entry in _entries(kind, theta, alpha))
+    groups = y.reshape(*y.shape[:-1], *diagonal.shape)
+    first, second = groups.chunk(2, -1)
+    turned = groups * diagonal + torch.cat([-second, first], -1) * across
+    return y + turned.flatten(-2)
+
+
+def _variant(kind: int) -> Variant:
+    def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return _rotate(linear(x, W), params, kind)
+
+    def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+        return _rotate(dense(W).mT, params, kind).mT
+
+    def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
+        return None if b is None else _rotate(b, params, kind)
+
+    return Variant(f"road{kind}", ROAD, init, apply, weight, bias)
+
+
+VARIANTS = tuple(_variant(kind) for kind in _KINDS)

@@ -1,0 +1,146 @@
+"""SHiRA: a few entries of the weight are trained, the others are not.
+
+    W' = W + D,   D is zero but for nnz = r (d_out + d_in) entries
+
+*Identity at the start because* the entries of D are zero.
+
+Asks of W: ``linear``; ``dense`` at init for the masks "magnitude" and "snip".
+
+References:
+    https://arxiv.org/abs/2406.13175, section 3. Code: huggingface/peft ``tuners/shira``.
+
+Deviations: PEFT, which knows the random mask alone, adds D to a copy of the weight; ours is a
+second product, x Dᵀ, which serves quantised weights too. The paper's structured mask is not
+offered. Positions are kept, row by row, as a constant; without them the values mean nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_choice
+from lora_func._config import Calibration, RankConfig
+from lora_func._linalg import at_least_float32
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHiRA(RankConfig):
+    """Sparse high-rank adaptation; r sets the number of entries to those of a LoRA of that rank.
+
+    Attributes:
+        mask: Which entries: "random"; "magnitude", the largest of W; "gradient", those with the
+            largest gradient of the loss, and "snip", with the largest |W * gradient|, both of which
+            need ``init(..., data=batches)``.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 6)), lf.SHiRA(r=1))
+        >>> {key: tuple(leaf.shape) for key, leaf in params.items()}
+        {'0.shira.values': (14,), '0.shira._indices': (2, 14)}
+    """
+
+    r: int = 32
+    mask: str = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mask", self.mask, ("random", "magnitude", "gradient", "snip"))
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The gradients, for the masks that are made from them."""
+        return "gradients" if self.mask in ("gradient", "snip") else None
+
+
+def observe(cfg: SHiRA, acc: Tensor | None, x: Tensor, gy: Tensor) -> Tensor:
+    """Add up the gradient of the loss in W.
+
+    Returns:
+        Shape (d_out, d_in), float32 or better.
+    """
+    gradient = at_least_float32(gy).mT @ at_least_float32(x)
+    return gradient if acc is None else acc + gradient
+
+
+def init(
+    W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Choose the entries.
+
+    Returns:
+        values (nnz,), _indices (2, nnz): rows and columns, sorted row by row.
+
+    Raises:
+        ValueError: If there are more entries than W has, or a mask lacks its data.
+    """
+    d_out, d_in = W.shape
+    nnz = cfg.r * (d_out + d_in)
+    if nnz > d_out * d_in:
+        raise ValueError(
+            f"r = {cfg.r} asks for {nnz} entries, the weight has {d_out * d_in}; lower r"
+        )
+    flat = _chosen(W, cfg, generator, stats, nnz).sort().values
+    return {"values": torch.zeros(nnz), "_indices": torch.stack([flat // d_in, flat % d_in])}
+
+
+def _chosen(W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None, nnz: int) -> Tensor:
+    if cfg.mask == "random":
+        d_out, d_in = W.shape
+        return torch.randperm(d_out * d_in, generator=generator)[:nnz]
+    score = torch.ones(()) if cfg.mask == "gradient" else dense(W)
+    if cfg.mask != "magnitude":
+        if stats is None:
+            raise ValueError(
+                f"mask={cfg.mask!r} needs calibration data; pass init(..., data=batches)"
+            )
+        score = score.to(stats) * stats
+    return score.flatten().abs().topk(nnz).indices
+
+
+def _delta(W: Weight, params: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    rows, columns = params["_indices"].long()
+    values = params["values"].to(dtype)
+    return values.new_zeros(W.shape).index_put((rows, columns), values)
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x, W) + x Dᵀ``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return linear(x, W) + linear(x, _delta(W, params, x.dtype))
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + D``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + _delta(W, params, W.dtype)
+
+
+def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+    """Compute the norm of D.
+
+    Returns:
+        Shape ().
+    """
+    return params["values"].double().square().sum(-1).sqrt()
+
+
+VARIANT = Variant(
+    name="shira",
+    config=SHiRA,
+    init=init,
+    apply=apply,
+    weight=weight,
+    observe=observe,
+    delta_norm=delta_norm,
+)

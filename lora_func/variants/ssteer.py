@@ -1,0 +1,209 @@
+"""S-steer: steer a layer along a direction δ of its singular space.
+
+    scale:  S_i -> S_i (1 + c δ_i)              exp:  S_i -> S_i exp(clamp(c δ_i))
+    ablate: y = W x - U a (aᵀ h) + c U a        add:  y = W x + c |cos(√S h, δ)| U a
+    h = Vᵀ x,   a = √S δ,   c the steering coefficient
+
+*Identity at the start because* δ = 0 without data, or c = 0; ablation is none.
+
+Asks of W: ``dense`` at init, ``linear`` after that. Takes pairs of calibration batches.
+
+References:
+    https://github.com/wassname/ssteer-eval-aware (README and report: scale) and
+    https://github.com/wassname/steering-lite (``sspace``: add; ``sspace_damp_amp``: exp;
+    ``sspace_ablate``). There is no paper.
+
+Deviations: coordinates are x V √S as in the README and steering-lite; ``ssteer_v3.py`` projects
+outputs by U √S. δ = normalize(mean(√S h₊) - mean(√S h₋)) over pairs, at the last token. scale and
+exp depend on the signs of singular pairs, so these are part of the method: a pair of vectors is
+turned round where fewer than half of the pairs have the positive one ahead. The references freeze
+δ; here it may be trained, from zero too where that has a gradient (scale, exp).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_choice, check_count, check_number
+from lora_func._config import Calibration, LinearConfig
+from lora_func._linalg import at_least_float32, refuse_rank_above, svd
+from lora_func._types import ApplyFn, BiasFn, Variant, WeightFn
+from lora_func._weight import Weight, dense, linear
+
+_NAMES = {"scale": "ssteer", "exp": "ssteer_exp", "add": "ssteer_add", "ablate": "ssteer_ablate"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSteer(LinearConfig):
+    """Singular-space steering; calibrated by ``init(..., data=pairs)`` of (positive, negative).
+
+    Attributes:
+        mode: "scale", "exp", "add" (not linear in x, so without a weight view) or "ablate".
+        r: How many singular directions, those in which the pairs differ most; -1 for all.
+        coeff: The steering coefficient c, kept as the constant ``_coeff``; 0 is off. None means 1,
+            for "ablate" 0.
+        clamp: Bound of c δ_i in "exp".
+    """
+
+    mode: str = "scale"
+    r: int = -1
+    coeff: float | None = None
+    clamp: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mode", self.mode, (*_NAMES,))
+        if self.r != -1:
+            check_count("r", self.r)
+        if self.coeff is not None:
+            check_number("coeff", self.coeff)
+        check_number("clamp", self.clamp, above=0)
+
+    @property
+    def variant(self) -> str:
+        """The name that belongs to the mode."""
+        return _NAMES[self.mode]
+
+    @property
+    def calibration(self) -> Calibration:
+        """Pairs of a positive and a negative batch."""
+        return "pairs"
+
+
+def observe(cfg: SSteer, acc: Tensor | None, x: Tensor, gy: None) -> Tensor:
+    """Keep the differences of the pairs: one row of d_in for each.
+
+    Returns:
+        Shape (pairs, d_in), float32 or better.
+    """
+    difference = at_least_float32(x[0]) - at_least_float32(x[1])
+    return difference if acc is None else torch.cat([acc, difference])
+
+
+def init(
+    W: Weight, cfg: SSteer, generator: Generator, stats: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Find the direction in which the pairs differ; without data it is zero, to be trained.
+
+    Returns:
+        delta and _S (r,), _U (d_out, r), _Vh (r, d_in), _coeff (), in mode "exp" _clamp ().
+
+    Raises:
+        ValueError: If the mode needs data and has none, pairs do not differ, or coeff would turn a
+            singular value round.
+    """
+    full = min(W.shape)
+    r = full if cfg.r == -1 else cfg.r
+    coeff = cfg.coeff if cfg.coeff is not None else float(cfg.mode != "ablate")
+    refuse_rank_above(r, W.shape)
+    U, S, Vh = svd(dense(W), full)
+    if stats is None:
+        if cfg.mode in ("add", "ablate"):
+            raise ValueError(
+                f"mode={cfg.mode!r} needs pairs of batches; pass init(..., data=pairs)"
+            )
+        chosen, delta = torch.arange(r, device=S.device), S.new_zeros(r)
+    else:
+        sign, chosen, delta = _direction(S, Vh, stats.to(Vh), r)
+        U, Vh = U * sign, Vh * sign[:, None]
+    if cfg.mode == "scale" and (strongest := abs(coeff) * delta.abs().max().item()) >= 1:
+        raise ValueError(
+            f"coeff = {coeff} times the largest delta is {strongest:.3g}, and turns a singular "
+            "value round from 1 on; lower coeff, or use mode='exp'"
+        )
+    return {
+        "delta": delta,
+        "_U": U[:, chosen],
+        "_S": S[chosen],
+        "_Vh": Vh[chosen],
+        "_coeff": torch.tensor(coeff, dtype=torch.float64),
+    } | ({"_clamp": torch.tensor(cfg.clamp, dtype=torch.float64)} if cfg.mode == "exp" else {})
+
+
+def _direction(S: Tensor, Vh: Tensor, pairs: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs of the singular pairs (k,), which r are chosen, and the unit direction there (r,)."""
+    projected = (pairs @ Vh.mT) * S.sqrt()
+    sign = 1 - 2 * ((projected > 0).double().mean(0) < 0.5).to(S)
+    mean = projected.mean(0) * sign
+    chosen = mean.abs().topk(r).indices.sort().values
+    length = mean[chosen].norm()
+    if not (length.isfinite() and length > 0):
+        raise ValueError(f"{len(pairs)} pairs differ by {length.item()}; pass others")
+    return sign, chosen, mean[chosen] / length
+
+
+def _coordinates(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c, δ, S and a = √S δ."""
+    delta = at_least_float32(params["delta"])
+    S = params["_S"].to(delta.dtype)
+    return params["_coeff"].to(delta.dtype), delta, S, S.sqrt() * delta
+
+
+def _gain(params: Mapping[str, Tensor]) -> Tensor:
+    """What is added to S."""
+    c, delta, S, _ = _coordinates(params)
+    if "_clamp" not in params:
+        return c * delta * S
+    bound = params["_clamp"].to(delta.dtype)
+    return S * (c * delta).clamp(-bound, bound).expm1()
+
+
+def _apply_gain(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    h = linear(x, params["_Vh"].to(x.dtype))
+    return linear(x, W) + linear(h * _gain(params).to(x.dtype), params["_U"].to(x.dtype))
+
+
+def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    W = dense(W)
+    return W + ((params["_U"] * _gain(params)) @ params["_Vh"]).to(W.dtype)
+
+
+def _apply_add(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    c, delta, S, a = _coordinates(params)
+    h = at_least_float32(linear(x, params["_Vh"].to(x.dtype))) * S.sqrt()
+    gate = torch.nn.functional.cosine_similarity(h, delta, dim=-1, eps=1e-12).abs()
+    return linear(x, W) + linear((c * gate[..., None] * a).to(x.dtype), params["_U"].to(x.dtype))
+
+
+def _apply_ablate(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    c, _, _, a = _coordinates(params)
+    h = linear(x, params["_Vh"].to(x.dtype))
+    along = (c - h.to(a.dtype) @ a)[..., None] * a
+    return linear(x, W) + linear(along.to(x.dtype), params["_U"].to(x.dtype))
+
+
+def _weight_ablate(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    W, (_, _, _, a) = dense(W), _coordinates(params)
+    return W - torch.outer(params["_U"].to(a.dtype) @ a, a @ params["_Vh"].to(a.dtype)).to(W.dtype)
+
+
+def _bias_ablate(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
+    c, _, _, a = _coordinates(params)
+    added = c * (params["_U"].to(a.dtype) @ a)
+    return added if b is None else b + added.to(b.dtype)
+
+
+def _variant(
+    mode: str, apply: ApplyFn, weight: WeightFn | None = None, bias: BiasFn | None = None
+) -> Variant:
+    return Variant(
+        name=_NAMES[mode],
+        config=SSteer,
+        init=init,
+        apply=apply,
+        weight=weight,
+        bias=bias,
+        observe=observe,
+        rank_axes={"delta": -1},
+        pads=False,
+    )
+
+
+VARIANTS = (
+    _variant("scale", _apply_gain, _weight_gain),
+    _variant("exp", _apply_gain, _weight_gain),
+    _variant("add", _apply_add),
+    _variant("ablate", _apply_ablate, _weight_ablate, _bias_ablate),
+)

@@ -1,0 +1,113 @@
+"""VeRA: trained gains around random projections that all layers share.
+
+    W' = W + diag(λ_b) B diag(λ_d) A
+
+*Identity at the start because* λ_b = 0.
+
+Asks of W: ``linear`` only. A and B are constants under the site ``*``, as wide as the widest layer;
+a site uses ``A[:, :d_in]`` and ``B[:d_out]``.
+
+References:
+    https://arxiv.org/abs/2310.11454, eq. 2. Code: huggingface/peft ``tuners/vera``.
+
+Deviations: none in the mathematics. PEFT draws A and B from a generator of its own seed
+(``projection_prng_key``) with the same distributions; ours come from ``init``'s seed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func._checks import check_count, check_number
+from lora_func._config import LinearConfig
+from lora_func._types import Variant
+from lora_func._weight import Weight, dense, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(LinearConfig):
+    """Vector-based random matrix adaptation.
+
+    Attributes:
+        r: Rank of the shared projections; it costs time, and r trained numbers for each site.
+        d_initial: Where λ_d starts.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> list(lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.VeRA(r=2)))
+        ['*.vera._A', '*.vera._B', '0.vera.lambda_d', '0.vera.lambda_b']
+    """
+
+    r: int = 256
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("r", self.r)
+        check_number("d_initial", self.d_initial)
+        if self.d_initial == 0:
+            raise ValueError("d_initial: got 0, at which every gradient is zero; choose another")
+
+
+def shared(weights: Mapping[str, Weight], cfg: VeRA, generator: Generator) -> dict[str, Tensor]:
+    """Draw the projections from U(-√(6 / columns), √(6 / columns)), A first.
+
+    Returns:
+        _A (r, widest d_in), _B (widest d_out, r).
+    """
+    d_out, d_in = (max(sides) for sides in zip(*(W.shape for W in weights.values()), strict=True))
+    leaves = {}
+    for name, shape in (("_A", (cfg.r, d_in)), ("_B", (d_out, cfg.r))):
+        bound = (6 / shape[1]) ** 0.5
+        drawn = torch.empty(shape, dtype=torch.float32)
+        leaves[name] = drawn.uniform_(-bound, bound, generator=generator)
+    return leaves
+
+
+def init(W: Weight, cfg: VeRA, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Set λ_d to its start and λ_b to zero.
+
+    Returns:
+        lambda_d (r,), lambda_b (d_out,).
+    """
+    d_out, _ = W.shape
+    return {"lambda_d": torch.full((cfg.r,), float(cfg.d_initial)), "lambda_b": torch.zeros(d_out)}
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x, W) + λ_b * (((x Aᵀ) * λ_d) Bᵀ)``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    A, B = (factor.to(x.dtype) for factor in _projections(params, x.shape[-1]))
+    lambda_d, lambda_b = (params[name].to(x.dtype) for name in ("lambda_d", "lambda_b"))
+    return torch.addcmul(linear(x, W), linear(linear(x, A) * lambda_d, B), lambda_b)
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + diag(λ_b) B diag(λ_d) A``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    A, B = _projections(params, W.shape[-1])
+    return W + ((params["lambda_b"][:, None] * B) @ (params["lambda_d"][:, None] * A)).to(W.dtype)
+
+
+def _projections(params: Mapping[str, Tensor], d_in: int) -> tuple[Tensor, Tensor]:
+    return params["_A"][:, :d_in], params["_B"][: params["lambda_b"].shape[-1]]
+
+
+VARIANT = Variant(
+    name="vera",
+    config=VeRA,
+    init=init,
+    apply=apply,
+    weight=weight,
+    shared=shared,
+    rank_axes={"lambda_d": -1, "_A": -2, "_B": -1},
+)

@@ -1,0 +1,120 @@
+"""Every variant on real architectures: its start, its merged model, transforms, and training."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lora_func as lf
+from tests.cases import CASES
+from tests.models import MODELS, batch_for, make, merged, scramble
+
+EACH_MODEL = pytest.mark.parametrize("family", MODELS)
+OVER_ADAPTERS = (None, 0, None)
+
+
+def families(case):
+    """Qwen3 has no biases; BERT and GPT-2 have one in every layer."""
+    return [family for family in MODELS if case.bias is not True or family != "qwen3"]
+
+
+ADAPTERS = [case for case in CASES if not case.name.startswith("full")]
+PAIRS = [(case, family) for case in ADAPTERS for family in families(case)]
+EACH_PAIR = pytest.mark.parametrize(("case", "family"), PAIRS, ids=str)
+
+
+def adapter(case, model, seed=0, **settings):
+    """A case's adapter on every linear layer of a model."""
+    batches = [batch_for(model, seed=seed) for seed in (5, 6)]
+    data = {
+        None: None,
+        "inputs": batches,
+        "gradients": batches,
+        "pairs": [(batches[0], batches[1])],
+    }[case.data]
+    _, _, r = case.fit(32, 32, 2)
+    cfg = case.config(r)
+    if case.data == "pairs":  # BERT's pooler has no last token
+        cfg = replace(cfg, layers=(0, 1))
+    return lf.init(model, cfg, seed=seed, data=data, **settings)
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_start_is_the_base_model_bit_for_bit(case, family, dtype):
+    if case.start == "elsewhere":
+        pytest.skip("steers from the start")
+    model = make(family, dtype).requires_grad_(False)
+    batch, params = batch_for(model), adapter(case, model)
+    frozen = model(**batch)
+    with lf.adapted(model, params):
+        found = model(**batch)
+    if case.start == "exact":
+        assert torch.equal(found.logits, frozen.logits)
+    else:
+        size = frozen.logits.abs().max()
+        error = (found.logits - frozen.logits).abs().max()
+        assert error <= 64 * torch.finfo(dtype).eps * size
+    assert found.logits.dtype == dtype
+
+
+@EACH_PAIR
+def test_equals_the_merged_model(case, family):
+    model = make(family, torch.float64).requires_grad_(False)
+    if case.name == "ssteer-add":
+        pytest.skip("not linear in x, so it has no weight")
+    params = scramble(adapter(case, model, dtype=torch.float64))
+    batch = batch_for(model)
+    torch.testing.assert_close(
+        lf.fcall(model, params, batch), merged(model, params)(**batch).loss, rtol=1e-9, atol=1e-9
+    )
+
+
+@EACH_PAIR
+def test_transforms_agree(case, family):
+    """The models return their loss in float32, whatever they compute in."""
+    model = make(family, torch.float64).requires_grad_(False)
+    batch = batch_for(model)
+    adapters = [scramble(adapter(case, model, dtype=torch.float64), seed) for seed in range(2)]
+    loop = torch.stack([lf.fcall(model, one, batch) for one in adapters])
+    trained, _ = lf.partition(adapters[0])
+    gradients = dict(zip(trained, torch.autograd.grad(loop[0], [*trained.values()]), strict=True))
+
+    functional = torch.func.grad(lf.fcall, argnums=1)(model, adapters[0], batch)
+    for key, gradient in gradients.items():
+        assert gradient.isfinite().all(), key
+        torch.testing.assert_close(functional[key], gradient, msg=key)
+
+    stacked = {key: leaf.detach() for key, leaf in lf.stack(adapters).items()}
+    torch.testing.assert_close(torch.vmap(lf.fcall, OVER_ADAPTERS)(model, stacked, batch), loop)
+    of_all = torch.vmap(torch.func.grad(lf.fcall, argnums=1), OVER_ADAPTERS)(model, stacked, batch)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(of_all[key][0], gradient, msg=key)
+
+    point = {key: leaf.detach() for key, leaf in trained.items()}
+    tangents = {key: torch.randn_like(leaf) for key, leaf in point.items()}
+    _, slope = torch.func.jvp(
+        lambda leaves: lf.fcall(model, adapters[0] | leaves, batch), (point,), (tangents,)
+    )
+    expected = sum((gradients[key] * tangents[key]).sum() for key in tangents)
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ADAPTERS, ids=repr)
+def test_trains_on_a_bfloat16_model(case):
+    model = make(families(case)[0], torch.bfloat16).requires_grad_(False)
+    batch, params = batch_for(model), adapter(case, model)
+    trained, _ = lf.partition(params)
+    start = {key: leaf.detach().clone() for key, leaf in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=3e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = lf.fcall(model, params, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(leaf.isfinite().all() for leaf in trained.values())
+    frozen = [key for key, leaf in trained.items() if torch.equal(leaf, start[key])]
+    assert not frozen
+    assert losses[-1] < losses[0], losses

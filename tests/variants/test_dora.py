@@ -1,0 +1,93 @@
+"""DoRA against its formula in dense matrices, and against PEFT."""
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import nn
+
+import lora_func as lf
+from tests.cases import Case, make_layer
+from tests.parity import assert_parity, relative, same
+from tests.strategies import layers
+
+DORA = Case("dora", lambda r: lf.DoRA(r=r, alpha=3.0))
+
+
+def formula(leaves, W, detached=True):
+    direction = W + 3.0 / leaves["A"].shape[0] * leaves["B"] @ leaves["A"]
+    n = direction.norm(dim=1)
+    return (leaves["m"] / (n.detach() if detached else n))[:, None] * direction
+
+
+@given(layer=layers(DORA, scrambled=True))
+def test_formula(layer):
+    W = formula(layer.leaves, layer.module.weight)
+    torch.testing.assert_close(layer.apply(), F.linear(layer.x, W, layer.module.bias))
+    torch.testing.assert_close(W.norm(dim=1), layer.leaves["m"].abs())
+
+
+def test_start():
+    model = nn.Sequential(nn.Linear(4, 3))
+    params = lf.init(model, lf.DoRA(r=2))
+    torch.testing.assert_close(params["0.dora.m"], model[0].weight.norm(dim=1))
+    assert params["0.dora._w_sqnorm"].shape == (3,)
+
+
+def test_the_norm_is_held_constant_by_the_derivative():
+    layer = make_layer(DORA, d_in=48, d_out=64, r=8, scrambled=True)
+    W = layer.module.weight
+
+    def gradient(of):
+        return torch.func.grad(lambda leaves: of(leaves).square().sum())(layer.trained)["B"]
+
+    ours = gradient(layer.apply)
+    theirs = [
+        gradient(lambda leaves, d=d: F.linear(layer.x, formula(leaves, W, d), layer.module.bias))
+        for d in (True, False)
+    ]
+    assert relative(ours, theirs[0]) < 1e-12
+    assert relative(ours, theirs[1]) > 0.02
+
+
+def test_the_bias_is_not_scaled():
+    layer = make_layer(DORA, d_in=48, d_out=64, scrambled=True)
+    gain = layer.leaves["m"] / formula(
+        layer.leaves | {"m": torch.ones(64)}, layer.module.weight
+    ).norm(dim=1)
+    scaled = layer.apply() + (gain - 1) * layer.module.bias
+    assert relative(layer.apply(), scaled) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_of_zeros_stays_what_it_is(dtype):
+    model = nn.Sequential(nn.Linear(4, 3)).to(dtype)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    params = lf.init(model, lf.DoRA(r=2), dtype=dtype)
+    x = torch.randn(5, 4, dtype=dtype)
+    y = lf.fcall(model.requires_grad_(False), params, x)
+    assert torch.equal(y, model(x))
+    gradients = torch.autograd.grad(y.float().sum(), [*lf.partition(params)[0].values()])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("r", [1, 8])
+def test_parity_with_peft(bias, r):
+    assert_parity(
+        lf.DoRA(r=r, alpha=5.0),
+        peft.LoraConfig(r=r, lora_alpha=5.0, use_dora=True, target_modules=["0"]),
+        lambda layer: {
+            "A": (layer.lora_A["default"].weight, same),
+            "B": (layer.lora_B["default"].weight, same),
+            "m": (layer.lora_magnitude_vector["default"].weight, same),
+        },
+        bias=bias,
+    )
+
+
+def test_refuses_a_rank_above_the_smaller_side():
+    with pytest.raises(ValueError, match=r"0: dora: r = 4 exceeds min\(d_out, d_in\) = 3"):
+        lf.init(nn.Sequential(nn.Linear(8, 3)), lf.DoRA(r=4))
