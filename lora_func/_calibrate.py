@@ -1,6 +1,6 @@
 """The calibration pass: the frozen model runs over data while variants look on."""
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -12,9 +12,10 @@ from tqdm import tqdm
 from lora_func._batch import LossFn, arguments, result
 from lora_func._config import AdapterConfig
 from lora_func._modules import identities, structure
-from lora_func._padding import last_rows, mask_for, real_rows
+from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import Run, refuse_others, running
 from lora_func._slots import Put, Slot
+from lora_func._transforms import environment, has_fast_path
 from lora_func._types import ObserveFn
 
 See: TypeAlias = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -60,7 +61,7 @@ def calibrate(
         ValueError: If there is no batch, padding cannot be told, pairs do not match, or a site saw
             nothing.
     """
-    if isinstance(data, (Mapping, Tensor)):
+    if isinstance(data, (Mapping, Tensor)) or not isinstance(data, Iterable):
         raise TypeError(f"data: got one {type(data).__name__}, expected an iterable of batches")
     (kind,) = {observer.cfg.calibration for observer in observers.values()}
     gather = _Gather(model, observers)
@@ -70,12 +71,13 @@ def calibrate(
         "pairs": _pairs,
     }
     batches = 0
-    with Put(_quiet(model)):
+    eager = torch.compiler.set_stance("force_eager")
+    with environment(has_fast_path(model)), eager, Put(_quiet(model)):
         for batch in tqdm(data, "calibrate", unit="batch", disable=None):
             runs[kind](gather, batch)
             batches += 1
     if not batches:
-        raise ValueError("data: got no batch")
+        raise ValueError("data: got no batch; is it an iterator that is used up?")
     for site, statistics in gather.statistics.items():
         if statistics is None:
             raise ValueError(
@@ -104,18 +106,21 @@ class _Gather:
         self.model = model
         self.observers = observers
         self.statistics: dict[str, Any] = dict.fromkeys(observers)
-        self._seen: Tensor | None = None
+        self._seen: tuple[Tensor | None, int] = None, 0
         self._results: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
-    def add(self, site: str, batch: Any, x: Tensor, gy: Tensor | None = None) -> None:
+    def add(
+        self, site: str, masks: Mapping[str, Tensor], x: Tensor, gy: Tensor | None = None
+    ) -> None:
         """Show a site its input (..., d_in), and the gradient of its output."""
-        if x is not self._seen:
-            self._seen, self._results = x, {}
+        seen, version = self._seen
+        if x is not seen or x._version != version:
+            self._seen, self._results = (x, x._version), {}
         observe, cfg = self.observers[site]
         before = self.statistics[site]
         key = (observe, id(cfg), id(before), id(gy))
         if key not in self._results:
-            mask = mask_for(site, self.model, batch, x)
+            mask = rows_of(site, masks, x)
             gradients = None if gy is None else real_rows(gy, mask)
             # the old statistics too, so that their id stays theirs
             self._results[key] = before, observe(cfg, before, real_rows(x, mask), gradients)
@@ -135,51 +140,62 @@ class _Gather:
     def call(self, batch: Any, see: See) -> Any:
         """Run the model while ``see`` looks at every site."""
         args, kwargs = arguments(batch)
-        with Put(self._hooks(see)):
+        with Put(self._slots(see)):
             return self.model(*args, **kwargs)
 
-    def _hooks(self, see: See) -> Iterator[Slot]:
+    def _slots(self, see: See) -> Iterator[Slot]:
         for site in self.observers:
-            module, mine = self.model.get_submodule(site), object()
-            hooks = OrderedDict([(mine, partial(_hook, site, see)), *module._forward_hooks.items()])
-            yield vars(module), "_forward_hooks", hooks
-            with_kwargs = OrderedDict(module._forward_hooks_with_kwargs) | {mine: True}
-            yield vars(module), "_forward_hooks_with_kwargs", with_kwargs
+            module = self.model.get_submodule(site)
+            # where an adapter goes, so that it sees what an adapter will
+            name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+            yield vars(module), name, partial(_watched, site, see, getattr(module, name))
 
 
-def _hook(
-    site: str, see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-) -> Tensor | None:
-    (x,) = args or kwargs.values()
-    return see(site, x, y)
+def _watched(
+    site: str, see: See, forward: Callable[[Tensor], Tensor], *args: Tensor, **kwargs: Tensor
+) -> Tensor:
+    (x,) = (*args, *kwargs.values())
+    y = forward(x)
+    with torch.autocast(x.device.type, enabled=False):
+        replaced = see(site, x, y)
+    return y if replaced is None else replaced
 
 
 def _inputs(gather: _Gather, batch: Any) -> None:
+    masks = masks_of(gather.model, batch)
     with torch.no_grad():
-        gather.call(batch, lambda site, x, y: gather.add(site, batch, x))
+        gather.call(batch, lambda site, x, y: gather.add(site, masks, x))
 
 
 def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    seen: list[tuple[str, Tensor, int, Tensor]] = []
 
     def watch(site: str, x: Tensor, y: Tensor) -> Tensor:
         # of a frozen base nothing requires grad before the first site
         output = y if y.requires_grad else y.detach().requires_grad_()
-        seen.append((site, x.detach(), output))
+        seen.append((site, x.detach(), x._version, output))
         return output.clone()
 
     with torch.enable_grad():
         loss = result(gather.call(batch, watch), batch, loss_fn)
-    if not isinstance(loss, Tensor) or loss.ndim:
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
-            f"data: gradients need a loss, the call gave {type(loss).__name__}; put labels into "
-            "the batches, or pass loss_fn"
+            f"data: gradients need a scalar loss that depends on the sites, the call gave {found}; "
+            "put labels into the batches, or pass loss_fn"
         )
-    outputs = [output for _, _, output in seen]
-    gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
-    for (site, x, _), gradient in zip(seen, gradients, strict=True):
+    outputs = [output for *_, output in seen]
+    gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+    masks = masks_of(gather.model, batch)
+    for (site, x, version, _), gradient in zip(seen, gradients, strict=True):
+        if x._version != version:
+            raise ValueError(
+                f"{site}: its input was overwritten in place after it ran, so the gradient of its "
+                "weight cannot be formed; leave the site out"
+            )
         if gradient is not None:
-            gather.add(site, batch, x, gradient)
+            with torch.autocast(x.device.type, enabled=False):
+                gather.add(site, masks, x, gradient)
 
 
 def _pairs(gather: _Gather, batch: Any) -> None:
@@ -187,15 +203,20 @@ def _pairs(gather: _Gather, batch: Any) -> None:
         raise TypeError(
             f"data: got {type(batch).__name__}, expected pairs (positive batch, negative batch)"
         )
-    sides: list[dict[str, list[Tensor]]] = []
-    for side in batch:
-        rows: dict[str, list[Tensor]] = defaultdict(list)
+    positive, negative = (_last_tokens(gather, side) for side in batch)
+    if positive.keys() != negative.keys():
+        site = min(positive.keys() ^ negative.keys())
+        raise ValueError(f"{site}: ran on one side of a pair only; leave it out")
+    for site in positive:
+        gather.add_pairs(site, positive[site], negative[site])
 
-        def watch(site: str, x: Tensor, y: Tensor, side: Any = side, rows: Any = rows) -> None:
-            rows[site].append(last_rows(site, x, mask_for(site, gather.model, side, x)))
 
-        with torch.no_grad():
-            gather.call(side, watch)
-        sides.append(rows)
-    for site in sides[0]:
-        gather.add_pairs(site, *(torch.cat(rows[site]) for rows in sides))
+def _last_tokens(gather: _Gather, batch: Any) -> dict[str, Tensor]:
+    masks, rows = masks_of(gather.model, batch), defaultdict(list)
+
+    def watch(site: str, x: Tensor, y: Tensor) -> None:
+        rows[site].append(last_rows(site, x, rows_of(site, masks, x)))
+
+    with torch.no_grad():
+        gather.call(batch, watch)
+    return {site: torch.cat(found) for site, found in rows.items()}

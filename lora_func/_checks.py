@@ -63,7 +63,7 @@ def check_choice(field_name: str, value: Any, choices: Sequence[Any]) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(
             f"{field_name}: got {value!r}, expected one of {', '.join(map(repr, choices))}"
         )

@@ -80,6 +80,18 @@ def init(
     configs = (cfg,) if isinstance(cfg, AdapterConfig) else tuple(cfg)
     if not configs:
         raise ValueError("cfg: got no config")
+    with torch.inference_mode(False):  # an inference tensor could not be trained
+        return _make(model, configs, seed, dtype, data, loss_fn)
+
+
+def _make(
+    model: nn.Module,
+    configs: Sequence[AdapterConfig],
+    seed: int,
+    dtype: torch.dtype,
+    data: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+) -> Params:
     plans = [(config, find_targets(model, config).sites) for config in configs]
     _refuse_overlaps(plans)
     stats = {} if data is None else _statistics(model, plans, data, loss_fn)

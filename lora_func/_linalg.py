@@ -14,6 +14,11 @@ def at_least_float32(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def without_autocast(t: Tensor) -> torch.autocast:
+    """Return a context in which matrix products keep the dtype of their operands."""
+    return torch.autocast(t.device.type, enabled=False)
+
+
 def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
     """Draw from U(-1/√columns, 1/√columns), the same as ``kaiming_uniform_(a=√5)``.
 

@@ -69,7 +69,8 @@ def principal_components(moments: Moments, center: bool) -> Components:
     Returns:
         d components.
     """
-    values, vectors = torch.linalg.eigh(moments.second_moment(center))
+    # a scatter matrix squares the condition number: float32 would lose all beside an outlier
+    values, vectors = torch.linalg.eigh(moments.second_moment(center).double())
     values, rows = values.flip(0).clamp_min(0), vectors.mT.flip(0)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     total = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
@@ -94,9 +95,8 @@ def observe(cfg: Any, acc: Moments | None, x: Tensor, gy: object) -> Moments:
         acc = Moments(0, x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
     if n == 0:
         return acc
-    count = acc.tokens + n
-    mean = x.mean(0)
-    apart = mean - acc.mean
-    centred = x - mean
-    scatter = acc.scatter + torch.outer(apart, apart) * (acc.tokens * n / count)
-    return Moments(count, acc.mean + apart * (n / count), scatter.addmm_(centred.mT, centred))
+    tokens, mean = acc.tokens + n, x.mean(0)
+    apart, centred = mean - acc.mean, x - mean
+    scatter = torch.addmm(acc.scatter, centred.mT, centred)
+    scatter.addr_(apart, apart, alpha=acc.tokens * n / tokens)
+    return Moments(tokens, acc.mean + apart * (n / tokens), scatter)

@@ -1,19 +1,57 @@
 """Which rows of a site's input are real tokens, and which are padding."""
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_func._batch import arguments
 
-def mask_for(site: str, model: nn.Module, batch: Any, x: Tensor) -> Tensor | None:
-    """Find the padding mask that belongs to the input of a site.
+_NAMES = ("attention_mask", "decoder_attention_mask")
+
+
+def masks_of(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """Read the padding masks of a batch, given by name or by position.
+
+    Args:
+        model: The model, for the names of its arguments.
+        batch: The batch.
+
+    Returns:
+        Name -> which tokens are real, boolean, (batch, tokens); nothing if all of them are.
+
+    Raises:
+        ValueError: If a mask has another shape, or only one of an encoder's and a decoder's is
+            there.
+    """
+    args, kwargs = arguments(batch)
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else {}
+    named = {name: given.get(name, kwargs.get(name)) for name in _NAMES}
+    masks = {name: mask != 0 for name, mask in named.items() if mask is not None}
+    if all(bool(mask.all()) for mask in masks.values()):
+        return {}
+    for name, mask in masks.items():
+        if mask.ndim != 2:
+            raise ValueError(
+                f"{name}: got shape {tuple(mask.shape)}, from which padding cannot be told; pass "
+                "one of (batch, tokens), or unpadded batches without it"
+            )
+    if len(masks) < len(_NAMES) and any(map(_has_two_sequences, model.modules())):
+        raise ValueError(
+            f"data: got {', '.join(masks)} alone, which leaves open what is padding elsewhere; "
+            "pass attention_mask and decoder_attention_mask, or unpadded batches"
+        )
+    return masks
+
+
+def rows_of(site: str, masks: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
+    """Find the mask that belongs to the input of a site.
 
     Args:
         site: The site, for errors.
-        model: The model, which may declare that it has an encoder and a decoder.
-        batch: The batch; masks are read from a mapping.
+        masks: The masks of the batch.
         x: The input, shape (..., d_in).
 
     Returns:
@@ -22,42 +60,37 @@ def mask_for(site: str, model: nn.Module, batch: Any, x: Tensor) -> Tensor | Non
     Raises:
         ValueError: If padding cannot be told from the shapes.
     """
-    padded = dict(_padded(site, batch))
-    if not padded:
-        return None
-    rows = x.shape[:-1]
-    fitting = {
-        name: mask.reshape(rows)
-        for name, mask in padded.items()
-        if mask.shape == rows or (len(rows) == 1 and mask.numel() == rows[0])
-    }
-    if len(fitting) > 1 or (fitting and _two_sequences(model, batch)):
+    rows = tuple(x.shape[:-1])
+    shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+    if not masks or any(rows == shape[:1] for shape in shapes.values()):
+        return None  # nothing is padded, or there is one row for each sequence
+    flat = len(rows) == 1 and ".experts." not in f".{site}."
+    fitting = [
+        mask.to(x.device).reshape(rows)
+        for mask in masks.values()
+        if rows == mask.shape or (flat and rows[0] == mask.numel())
+    ]
+    if not fitting or any(not torch.equal(mask, fitting[0]) for mask in fitting):
         raise ValueError(
-            f"{site}: the encoder's and the decoder's tokens have one shape, {tuple(rows)}, which "
-            "hides whose padding it is; pad them to different lengths, or not at all"
+            f"{site}: which of its rows {rows} are padding cannot be told from {shapes}; pass "
+            "unpadded batches, or leave the site out"
         )
-    of_sequences = any(rows[0] == mask.shape[0] for mask in padded.values()) if rows else False
-    if not fitting and len(rows) == 1 and not of_sequences:
-        raise ValueError(
-            f"{site}: its {rows[0]} rows are neither the tokens nor the sequences of a padded "
-            f"batch, {[tuple(mask.shape) for mask in padded.values()]}; pass unpadded batches"
-        )
-    return next(iter(fitting.values()), None)
+    return fitting[0]
 
 
 def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the rows of real tokens, shape (n, d)."""
-    return x.flatten(0, -2) if mask is None else x[mask]
+    return x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
 
 
 def last_rows(site: str, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the last real token of each row of the batch.
+    """Copy the last real token of each row of the batch.
 
     Returns:
         Shape (batch, d).
 
     Raises:
-        ValueError: If x is not of shape (batch, tokens, d).
+        ValueError: If x is not of shape (batch, tokens, d), or a row has no token.
     """
     if x.ndim != 3:
         raise ValueError(
@@ -65,31 +98,12 @@ def last_rows(site: str, x: Tensor, mask: Tensor | None) -> Tensor:
             "tokens, d_in); leave the site out"
         )
     if mask is None:
-        return x[:, -1]
+        return x[:, -1].clone()
+    if not mask.any(1).all():
+        raise ValueError(f"{site}: a row of the batch is all padding and has no last token")
     positions = torch.arange(x.shape[1], device=x.device)
-    last = (mask * (positions + 1)).argmax(1)
-    return x[torch.arange(len(x), device=x.device), last]
+    return x[torch.arange(len(x), device=x.device), (mask * (positions + 1)).argmax(1)]
 
 
-def _padded(site: str, batch: Any) -> Iterator[tuple[str, Tensor]]:
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(name) if isinstance(batch, Mapping) else None
-        if mask is None or bool((mask != 0).all()):
-            continue
-        if mask.ndim != 2:
-            raise ValueError(
-                f"{site}: {name} has shape {tuple(mask.shape)}; padding is read from (batch, "
-                "tokens)"
-            )
-        yield name, mask != 0
-
-
-def _two_sequences(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether another sequence of the same shape runs through the model, its mask unknown."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    masks = [batch.get(name) for name in ("attention_mask", "decoder_attention_mask")]
-    shapes = {mask.shape for mask in masks if mask is not None}
-    others = [batch.get(name) for name in ("input_ids", "decoder_input_ids", "labels")]
-    sequences = [other for other in others if other is not None and other.shape in shapes]
-    return len(sequences) > 1
+def _has_two_sequences(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))

@@ -7,7 +7,7 @@ d_in) and reads it through :func:`linear` and :func:`dense` alone.
 from typing import NamedTuple, TypeAlias
 
 import torch.nn.functional as F
-from torch import Tensor, device, nn
+from torch import Tensor, device, dtype, nn
 
 
 class Affine(NamedTuple):
@@ -29,6 +29,11 @@ class Affine(NamedTuple):
         """(d_out, d_in)."""
         d_out, d_in = self.weight.shape
         return d_out, d_in
+
+    @property
+    def dtype(self) -> dtype:
+        """What the weight computes in."""
+        return self.weight.dtype
 
     @property
     def device(self) -> device:

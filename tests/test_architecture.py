@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # a module may import from the rows above its own
 LAYERS = [
-    {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch", "_padding"},
-    {"_config"},
+    {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch"},
+    {"_config", "_padding"},
     {"_types"},
     {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers", "_running"},
     {"_moments", "_calibrate"},

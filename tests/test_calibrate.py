@@ -228,11 +228,26 @@ def t5():
     return model.eval()
 
 
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
 def test_an_encoder_and_a_decoder():
     mask = torch.tensor([[1, 1, 1, 0, 0]] * 2)
     ids, labels = torch.randint(1, 64, (2, 5)), torch.randint(1, 64, (2, 4))
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    params = lf.init(t5(), Look(target_modules=r"(\.q|\.v)$"), data=[batch])
+    cfg = Look(target_modules=r"(\.q|\.v)$")
+    with pytest.raises(ValueError, match=r"data: got attention_mask alone, .* pass attention_"):
+        lf.init(t5(), cfg, data=[batch])
+    with pytest.raises(ValueError, match="data: got attention_mask alone"):
+        lf.init(Wrapper(t5()), cfg, data=[batch])
+    both = batch | {"decoder_attention_mask": torch.ones(2, 4)}
+    params = lf.init(t5(), cfg, data=[both])
     rows = {key: len(leaf) for key, leaf in params.items() if key.endswith("_seen")}
     decoder = "decoder.block.0.layer"
     assert rows == {
@@ -243,11 +258,104 @@ def test_an_encoder_and_a_decoder():
         f"{decoder}.1.EncDecAttention.q.look._seen": 8,
         f"{decoder}.1.EncDecAttention.v.look._seen": 6,
     }
-    same = batch | {"labels": torch.randint(1, 64, (2, 5))}
-    with pytest.raises(ValueError, match=r"q: the encoder's and the decoder's tokens have"):
-        lf.init(t5(), Look(target_modules=r"\.q$"), data=[same])
-    whole = same | {"attention_mask": torch.ones(2, 5)}
-    lf.init(t5(), Look(target_modules=r"\.q$"), data=[whole])
+    square = batch | {"labels": ids, "decoder_attention_mask": torch.ones(2, 5)}
+    with pytest.raises(ValueError, match=r"q: which of its rows \(2, 5\) are padding cannot"):
+        lf.init(t5(), cfg, data=[square])
+    lf.init(t5(), cfg, data=[square | {"attention_mask": torch.ones(2, 5)}])
+
+
+def test_a_mask_may_come_by_position():
+    model, batch = make("bert"), batch_for(make("bert"))
+    site = "bert.encoder.layer.0.attention.self.query"
+    by_name = seen(model, [batch], site)
+    assert torch.equal(by_name, seen(model, [(batch["input_ids"], batch["attention_mask"])], site))
+
+
+def test_rows_of_another_order_than_the_mask_are_refused():
+    class Transposed(Skips):
+        def forward(self, x, attention_mask):
+            return self.used(x.transpose(0, 1))
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x, attention_mask):
+            return self.experts[0](x.flatten(0, 1).flip(0))
+
+    batch = {"x": torch.randn(3, 2, 4), "attention_mask": HALF}
+    for model in (Transposed(), Experts()):
+        with pytest.raises(ValueError, match="are padding cannot be told from"):
+            lf.init(model, Look(), data=[batch])
+        cfg = Look(target_modules=r"^used|experts")
+        lf.init(model, cfg, data=[batch | {"attention_mask": torch.ones(3, 2)}])
+
+
+def test_what_a_layer_saw_is_what_counts_also_when_it_is_overwritten():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = x.clone()
+            h += self.a(h)
+            return self.b(h)
+
+    model, x = InPlace(), torch.randn(3, 5, 4)
+    h = x + model.a(x)
+    params = lf.init(model, Look(), data=[x])
+    assert torch.equal(params["a.look._seen"], x.flatten(0, 1))
+    torch.testing.assert_close(params["b.look._seen"], h.detach().flatten(0, 1))
+    pairs = lf.init(model, Look(kind="pairs"), data=[(x, x)])
+    assert torch.equal(pairs["a.look._seen"], torch.cat([x[:, -1], x[:, -1]]))
+    with pytest.raises(ValueError, match="a: its input was overwritten in place after it ran"):
+        lf.init(model, Look(kind="gradients"), data=[x], loss_fn=lambda y, _: y.sum())
+
+
+def test_fused_inference_kernels_are_off():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x, attention_mask):
+            return self.encoder(x, src_key_padding_mask=attention_mask == 0)
+
+    batch = {"x": torch.randn(3, 2, 8), "attention_mask": HALF}
+    model = Encoder().eval().requires_grad_(False)
+    params = lf.init(model, Look(target_modules="linear1"), data=[batch])
+    assert len(params["encoder.layers.0.linear1.look._seen"]) == 5
+
+
+def test_a_part_that_was_compiled_and_has_run():
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 4))), torch.randn(3, 4)
+    model[0] = torch.compile(model[0], backend="eager")
+    with torch.no_grad():
+        model(x)
+    (key,) = (k for k in lf.init(model, Look(), data=[x]) if k.endswith("_seen"))
+    assert torch.equal(lf.init(model, Look(), data=[x])[key], x)
+
+
+def test_in_inference_mode_the_adapter_can_be_trained_all_the_same():
+    model, x = Mlp(), torch.randn(9, 4)
+    cfg = [lf.EVA(r=2, target_modules="up"), lf.Full(target_parameters="down")]
+    with torch.inference_mode():
+        params = lf.init(model, cfg, data=[x])
+        lora = lf.init(model, lf.LoRA(r=2))
+    lf.fcall(model, params, x).sum().backward()
+    lf.fcall(model, lora, x).sum().backward()
+
+
+def test_autocast_does_not_round_the_statistics():
+    model, x = Mlp().eval(), torch.randn(9, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        lf.init(model, Look(target_modules="up"), data=[x])
+        params = lf.init(model, lf.EVA(r=2, target_modules="up"), data=[x])
+    exact = lf.init(model, lf.EVA(r=2, target_modules="up"), data=[x])
+    torch.testing.assert_close(params["up.eva.A"], exact["up.eva.A"])
 
 
 def test_a_module_that_runs_twice_is_seen_twice():
@@ -295,10 +403,17 @@ HALF = torch.tensor([[1, 0], [1, 1], [1, 1]])
             Look(kind="gradients"),
             [X],
             TypeError,
-            "data: gradients need a loss, the call gave",
+            r"data: gradients need a scalar loss .* gave \(3, 4\); put",
         ),
         (Look(kind="pairs"), [X], TypeError, "data: got Tensor, expected pairs"),
         (Look(kind="pairs"), [(X[None], X[None, :2])], ValueError, "unused: saw nothing"),
+        (
+            Look(kind="pairs"),
+            [({"x": X[:, None], "attention_mask": torch.tensor([[1], [0], [1]])}, X[:, None])],
+            ValueError,
+            "used: a row of the batch is all padding and has no last token",
+        ),
+        (Look(), 5, TypeError, "data: got one int, expected an iterable of batches"),
         (Look(kind="pairs"), [(X, X)], ValueError, r"used: its input has shape \(3, 4\); the last"),
         (
             Look(kind="pairs"),
@@ -310,13 +425,13 @@ HALF = torch.tensor([[1, 0], [1, 1], [1, 1]])
             Look(),
             [{"x": X[:2], "attention_mask": HALF}],
             ValueError,
-            r"used: its 2 rows are neither the tokens nor .* padded batch, \[\(3, 2\)\]",
+            r"used: which of its rows \(2,\) are padding cannot be told from .*\(3, 2\)",
         ),
         (
             Look(),
             [{"x": X[:2], "attention_mask": HALF[None]}],
             ValueError,
-            r"used: attention_mask has shape \(1, 3, 2\); padding is read from \(batch, tokens\)",
+            r"^attention_mask: got shape \(1, 3, 2\), .* pass one of \(batch, tokens\)",
         ),
     ],
 )

@@ -47,10 +47,30 @@ def test_the_start_is_the_frozen_layer_bit_for_bit(case, data, dtype, leaf_dtype
     if case.start == "exact":
         assert torch.equal(y, frozen)
     else:
-        solved = torch.promote_types(leaf_dtype, torch.float32)
-        eps = max(torch.finfo(dtype).eps, torch.finfo(solved).eps)
         size = layer.x.abs().amax() * dense(layer.W).abs().sum(1)
-        assert ((y - frozen).abs() <= 8 * eps * size).all()
+        assert ((y - frozen).abs() <= 8 * torch.finfo(dtype).eps * size).all()
+
+
+@EACH_CASE
+@given(data=st.data(), scrambled=st.booleans())
+def test_autocast_leaves_the_start_and_the_dtype_of_the_output(case, data, scrambled):
+    layer = data.draw(layers(case, dtype=torch.float32, scrambled=scrambled))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, frozen = layer.apply(), layer.module(layer.x)
+    assert y.dtype == frozen.dtype == torch.bfloat16
+    assert y.isfinite().all()
+    if case.start == "exact" and not scrambled:
+        assert torch.equal(y, frozen)
+
+
+@EACH_CASE
+@given(data=st.data(), dtype=st.sampled_from(FLOATS), leaf_dtype=st.sampled_from(FLOATS))
+def test_the_views_take_leaves_of_any_dtype(case, data, dtype, leaf_dtype):
+    if case.name.startswith("full"):
+        leaf_dtype = torch.promote_types(dtype, leaf_dtype)
+    layer = data.draw(layers(case, dtype=dtype, leaf_dtype=leaf_dtype, scrambled=True))
+    assert layer.apply().dtype == dtype
+    assert layer.weight(layer.W).dtype == dtype
 
 
 @EACH_LINEAR_CASE

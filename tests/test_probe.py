@@ -1,19 +1,11 @@
 """The probe in a small mode, on a tiny model that lies in a folder."""
 
-import importlib.util
-from pathlib import Path
-
+import probe
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import lora_func as lf
-
-spec = importlib.util.spec_from_file_location(
-    "probe", Path(__file__).parent.parent / "examples" / "probe.py"
-)
-probe = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(probe)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +16,7 @@ def tiny(tmp_path_factory):
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=3, **sizes)).save_pretrained(
         folder
     )
@@ -37,8 +29,12 @@ def run(tiny, tmp_path, *arguments):
     return probe.main([*small, *rest, *arguments])
 
 
-def test_every_check_passes(tiny, tmp_path, capsys):
-    assert run(tiny, tmp_path, "--variants", "all") == 0
+@pytest.mark.parametrize(
+    ("task", "variants"),
+    [("classify", "all"), ("generate", "head,eva-rho2,hra,vera,ssteer-add,shira-snip")],
+)
+def test_every_check_passes(tiny, tmp_path, capsys, task, variants):
+    assert run(tiny, tmp_path, "--variants", variants, "--task", task) == 0
     shown = capsys.readouterr()
     assert "passed" in shown.out
     assert "failed" not in shown.out
@@ -52,8 +48,8 @@ def broken_gradient(monkeypatch):
 
 def broken_target(monkeypatch):
     """A config that reaches one layer too few."""
-    cfg = lf.LoRA(r=8, layers=probe.LAST_LAYERS, exclude_modules="query")
-    monkeypatch.setitem(probe.VARIANTS, "lora", [cfg, probe.HEAD])
+    entry = probe.Entry(lf.LoRA, {"exclude_modules": "query"})
+    monkeypatch.setitem(probe.VARIANTS, "lora", entry)
 
 
 def broken_start(monkeypatch):
@@ -84,4 +80,4 @@ def test_a_dead_adapter_fails(tiny, tmp_path, capsys, monkeypatch, breaks, compl
 def test_an_unknown_variant_is_refused(capsys):
     with pytest.raises(SystemExit):
         probe.main(["--variants", "lora,nothing"])
-    assert "no variants ['nothing']; there are head, lora" in capsys.readouterr().err
+    assert "no variants ['nothing']; there are head, lora, " in capsys.readouterr().err

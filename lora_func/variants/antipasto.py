@@ -77,11 +77,9 @@ class AntiPaSTO(RankConfig):
         check_number("max_angle", self.max_angle, above=0)
         if self.max_angle >= math.pi:
             raise ValueError(f"max_angle: got {self.max_angle!r}, expected less than π")
-        if self.rotate == "none":
-            return
         check_count("block_size", self.block_size, least=2)
         for r in (self.r, *self.rank_pattern.values()):
-            if r % self.block_size:
+            if self.rotate != "none" and r % self.block_size:
                 raise ValueError(f"r: got {r}, expected a multiple of block_size={self.block_size}")
 
     @property

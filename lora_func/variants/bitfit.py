@@ -70,7 +70,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """
     if isinstance(W, Affine) and W.bias is not None:
         return linear(x, W._replace(bias=bias(W.bias, params)))
-    return linear(x, W) + params["delta"].to(x.dtype)
+    y = linear(x, W)
+    return y + params["delta"].to(y.dtype)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

@@ -14,8 +14,9 @@ References:
     ``tuners/lora/dora.py``.
 
 Deviations: the paper's "column-wise" norm is over the rows of a torch weight. The bias is not
-scaled, as in both codes. PEFT builds B A through an identity matrix and takes the norm in the
-weight's dtype, which in bfloat16 is off by up to 0.4 %; ours is taken in float32.
+scaled, as in both codes. PEFT builds B A through an identity matrix and takes the norm of the sum
+in the weight's dtype, which in bfloat16 is off by up to 0.4 %; ours adds up in float32 and rounds
+only W Aᵀ, so that it is the better the less a row has moved, and is held above √eps ‖W_i‖.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func._config import LowRankConfig
-from lora_func._linalg import at_least_float32, kaiming_uniform, refuse_rank_above
+from lora_func._linalg import at_least_float32, kaiming_uniform, refuse_rank_above, without_autocast
 from lora_func._types import Variant
 from lora_func._weight import Weight, bare, bias_of, dense, linear
 
@@ -60,13 +61,17 @@ def init(W: Weight, cfg: DoRA, generator: Generator, stats: None = None) -> dict
     }
 
 
-def _gain(W: Weight, params: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """M / n; 1 for a row of zeros, where it does not matter."""
     m, squares, s = params["m"], params["_w_sqnorm"], params["_scale"]
     A, B = (at_least_float32(params[leaf].detach()) for leaf in ("A", "B"))
-    WA = linear(A.to(dtype), bare(W)).mT.to(A.dtype)
-    added = s * ((2 * WA + s * B @ (A @ A.mT)) * B).sum(-1)
-    n = (squares + added.to(squares.dtype)).clamp_min(0).sqrt().detach().to(m.dtype)
-    return m / n.clamp_min(torch.finfo(m.dtype).tiny)
+    with without_autocast(A):
+        WA = linear(A.to(W.dtype), bare(W)).mT.to(A.dtype)
+        added = s * ((2 * WA + s * B @ (A @ A.mT)) * B).sum(-1)
+    # what the sum of squares is precise to, where a row has all but vanished
+    least = squares * torch.finfo(W.dtype).eps
+    n = torch.maximum(squares + added.to(squares.dtype), least).sqrt().detach().to(m.dtype)
+    return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -75,9 +80,9 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    z, b, g = linear(x, W), bias_of(W), _gain(W, params, x.dtype)
+    z, b, g = linear(x, W), bias_of(W), _gain(W, params)
     up = g[:, None] * (params["B"] * params["_scale"])
-    frozen = z if b is None else z - b
+    frozen = z if b is None else z - b.to(z.dtype)
     added = linear(linear(x, params["A"].to(x.dtype)), up.to(x.dtype))
     return torch.addcmul(z + added, (g - 1).to(z.dtype), frozen)
 
@@ -89,7 +94,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    g = _gain(W, params, W.dtype)[:, None]
+    g = _gain(W, params)[:, None]
     added = g * (params["_scale"] * (params["B"] @ params["A"]))
     return W + (g - 1).to(W.dtype) * W + added.to(W.dtype)
 

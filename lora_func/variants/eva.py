@@ -80,6 +80,10 @@ def conclude(
         inputs = (id(stats[site]), cfg.center)
         if inputs not in found:
             found[inputs] = principal_components(stats[site], cfg.center)
+        if found[inputs].explained[cfg.r - 1] == 0:
+            raise ValueError(
+                f"{site}: eva: its inputs span fewer than r = {cfg.r} directions; pass more data"
+            )
     components = {site: found[id(stats[site]), cfg.center] for site, cfg in configs.items()}
     ranks = _ranks(weights, configs, components)
     return {

@@ -59,7 +59,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """Give the trained weight, or the frozen one where only the bias is trained.
+    """Give the trained weight of an ``nn.Linear``, or the frozen one if only the bias is trained.
 
     Returns:
         Shape (d_out, d_in).

@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func._config import RankConfig
-from lora_func._linalg import at_least_float32
+from lora_func._linalg import at_least_float32, without_autocast
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -61,13 +61,16 @@ def init(W: Weight, cfg: HRA, generator: Generator, stats: None = None) -> dict[
     return {"U": pairs.uniform_(-bound, bound, generator=generator).repeat_interleave(2, 0)}
 
 
-def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _factors(params: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """U and P = M⁻ᵀ U, with ``H_1 ... H_r = I - Pᵀ U``."""
     U = at_least_float32(params["U"])
-    gram = U @ U.mT
-    half = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(U.dtype).tiny) / 2
-    M = gram.triu(1) + torch.diag_embed(half)
-    return U, torch.linalg.solve_triangular(M.mT, U, upper=False)
+    U = U.to(torch.promote_types(U.dtype, dtype))
+    with without_autocast(U):
+        gram = U @ U.mT
+        half = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(U.dtype).eps ** 2) / 2
+        M = gram.triu(1) + torch.diag_embed(half)
+        P = torch.linalg.solve_triangular(M.mT, U, upper=False)
+    return U.to(dtype), P.to(dtype)
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    U, P = (factor.to(x.dtype) for factor in _factors(params))
+    U, P = _factors(params, x.dtype)
     return linear(x - linear(x, U) @ P, W)
 
 
@@ -87,7 +90,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    U, P = (factor.to(W.dtype) for factor in _factors(params))
+    U, P = _factors(params, W.dtype)
     return W - (W @ P.mT) @ U
 
 

@@ -12,9 +12,9 @@ References:
 
 Deviations: PEFT's exact branch computes the inverse of what its Neumann branch approximates; we
 follow the paper in both (negate R when you bring a checkpoint with ``use_cayley_neumann=False``).
-PEFT changes a block size that does not divide d_in; we refuse it. An even number of Neumann terms
-is more orthogonal than the next odd one: the defect is ``q^(2(t-1))`` for even t and about
-``2 q^(t-1)`` for odd t, with q = ‖Q‖₂; for q ≥ 1 the series does not converge.
+PEFT changes a block size that does not divide d_in; we refuse it. With q = ‖Q‖₂ the series is off
+orthogonality by ``4 q²`` for 2 terms, from 4 on by ``q^(2(t-1))`` for an even number t of them and
+by about ``2 q^(t-1)`` for an odd one, so 4 is better than 5; for q ≥ 1 it does not converge.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,14 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_count
 from lora_func._config import LinearConfig
-from lora_func._linalg import at_least_float32, cayley, rotate_blocks, skew, skew_size
+from lora_func._linalg import (
+    at_least_float32,
+    cayley,
+    rotate_blocks,
+    skew,
+    skew_size,
+    without_autocast,
+)
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -88,10 +95,11 @@ def rotation(params: Mapping[str, Tensor]) -> Tensor:
     terms = params["_neumann"].shape[-1]
     if terms == 2:
         return 2 * Q
-    powers = Q
-    for _ in range(max(terms, 4) - 3):
-        powers = Q + Q @ powers
-    return powers + Q + Q @ powers
+    with without_autocast(Q):
+        powers = Q
+        for _ in range(max(terms, 4) - 3):
+            powers = Q + Q @ powers
+        return powers + Q + Q @ powers
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:

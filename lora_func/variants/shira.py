@@ -9,8 +9,8 @@ Asks of W: ``linear``; ``dense`` at init for the masks "magnitude" and "snip".
 References:
     https://arxiv.org/abs/2406.13175, section 3. Code: huggingface/peft ``tuners/shira``.
 
-Deviations: PEFT, which knows the random mask alone, adds D to a copy of the weight; ours is a
-second product, x Dᵀ, which serves quantised weights too. The paper's structured mask is not
+Deviations: PEFT, which has the random mask and takes functions for others, adds D to a copy of the
+weight where it can; ours is always a second product, x Dᵀ. The paper's structured mask is not
 offered. Positions are kept, row by row, as a constant; without them the values mean nothing.
 """
 
@@ -97,6 +97,8 @@ def _chosen(W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None, n
             raise ValueError(
                 f"mask={cfg.mask!r} needs calibration data; pass init(..., data=batches)"
             )
+        if not (stats.isfinite().all() and stats.any()):
+            raise ValueError("the gradient is zero, or holds NaN or infinity; pass other data")
         score = score.to(stats) * stats
     return score.flatten().abs().topk(nnz).indices
 

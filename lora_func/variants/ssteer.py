@@ -42,8 +42,8 @@ class SSteer(LinearConfig):
     Attributes:
         mode: "scale", "exp", "add" (not linear in x, so without a weight view) or "ablate".
         r: How many singular directions, those in which the pairs differ most; -1 for all.
-        coeff: The steering coefficient c, kept as the constant ``_coeff``; 0 is off. None means 1,
-            for "ablate" 0.
+        coeff: The steering coefficient c, kept as the constant ``_coeff``; 0 is off, and for
+            "ablate" puts nothing in the place of what is removed. None means 1, for "ablate" 0.
         clamp: Bound of c δ_i in "exp".
     """
 
@@ -55,8 +55,9 @@ class SSteer(LinearConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("mode", self.mode, (*_NAMES,))
-        if self.r != -1:
-            check_count("r", self.r)
+        check_count("r", self.r, least=-1)
+        if self.r == 0:
+            raise ValueError("r: got 0, expected an integer of at least 1, or -1 for all")
         if self.coeff is not None:
             check_number("coeff", self.coeff)
         check_number("clamp", self.clamp, above=0)
@@ -108,10 +109,10 @@ def init(
     else:
         sign, chosen, delta = _direction(S, Vh, stats.to(Vh), r)
         U, Vh = U * sign, Vh * sign[:, None]
-    if cfg.mode == "scale" and (strongest := abs(coeff) * delta.abs().max().item()) >= 1:
+    if cfg.mode == "scale" and (least := (coeff * delta).min().item()) <= -1:
         raise ValueError(
-            f"coeff = {coeff} times the largest delta is {strongest:.3g}, and turns a singular "
-            "value round from 1 on; lower coeff, or use mode='exp'"
+            f"coeff = {coeff} times delta reaches {least:.3g}, and turns a singular value round "
+            "from -1 on; bring coeff nearer to 0, or use mode='exp'"
         )
     return {
         "delta": delta,
@@ -156,8 +157,8 @@ def _apply_gain(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    W = dense(W)
-    return W + ((params["_U"] * _gain(params)) @ params["_Vh"]).to(W.dtype)
+    W, gain = dense(W), _gain(params)
+    return W + ((params["_U"] * gain) @ params["_Vh"].to(gain.dtype)).to(W.dtype)
 
 
 def _apply_add(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:

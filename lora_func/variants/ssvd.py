@@ -35,8 +35,8 @@ class SSVD(LinearConfig):
 
     Attributes:
         r: How many singular directions take part, k.
-        rotation_ratio: The same as a fraction of min(d_out, d_in), in (0, 1]; the paper has 0.17
-            to 0.8.
+        rotation_ratio: The same as a fraction of min(d_out, d_in), in (0, 1], rounded; the paper
+            has 0.17 to 0.8.
         orthogonality: "approx" or "strict".
 
     Example:
@@ -75,7 +75,7 @@ def init(W: Weight, cfg: SSVD, generator: Generator, stats: None = None) -> dict
     Raises:
         ValueError: If the ratio leaves no direction.
     """
-    k = cfg.r or int((cfg.rotation_ratio or 0) * min(W.shape))
+    k = cfg.r or round((cfg.rotation_ratio or 0) * min(W.shape))
     if k < 1:
         raise ValueError(
             f"rotation_ratio = {cfg.rotation_ratio} of min(d_out, d_in) = {min(W.shape)} leaves no "

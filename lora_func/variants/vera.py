@@ -83,8 +83,9 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     A, B = (factor.to(x.dtype) for factor in _projections(params, x.shape[-1]))
-    lambda_d, lambda_b = (params[name].to(x.dtype) for name in ("lambda_d", "lambda_b"))
-    return torch.addcmul(linear(x, W), linear(linear(x, A) * lambda_d, B), lambda_b)
+    h, y = linear(x, A), linear(x, W)
+    h, lambda_b = linear(h * params["lambda_d"].to(h.dtype), B), params["lambda_b"]
+    return torch.addcmul(y, h, lambda_b.to(y.dtype))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

@@ -73,6 +73,29 @@ def test_a_row_of_zeros_stays_what_it_is(dtype):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("left", [0.5, 0.05, 0.0])
+def test_a_row_that_training_has_all_but_erased_stays_finite(dtype, left):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16, bias=False)).to(dtype).requires_grad_(False)
+    params = lf.init(model, lf.DoRA(r=4, alpha=4))
+    W, A = model[0].weight.double(), params["0.dora.A"].detach().double()
+    params["0.dora.B"] = ((left - 1) * W @ torch.linalg.pinv(A)).float().requires_grad_()
+    y = lf.fcall(model, params, torch.randn(32, 4).to(dtype))
+    assert y.isfinite().all()
+    trained = [*lf.partition(params)[0].values()]
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.double().sum(), trained))
+
+
+def test_rows_below_the_smallest_normal_number_start_as_they_are():
+    model = nn.Sequential(nn.Linear(8, 4)).requires_grad_(False)
+    model[0].weight[0] *= 1e-4
+    model.half()
+    x = torch.full((1, 8), 100.0).half()
+    params = lf.init(model, lf.DoRA(r=2), dtype=torch.float16)
+    assert torch.equal(lf.fcall(model, params, x), model(x))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("r", [1, 8])
 def test_parity_with_peft(bias, r):

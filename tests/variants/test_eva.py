@@ -40,6 +40,17 @@ def test_a_spans_the_principal_components_of_all_the_data(center):
     assert torch.equal(params["a.eva.A"], params["b.eva.A"])
 
 
+def test_an_outlier_does_not_hide_the_rest():
+    """In float32, of which the scatter matrix alone would leave nothing beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    x = torch.randn(500, 64) * torch.linspace(2, 0.5, 64)
+    x[:, 7] *= 1000
+    A = lf.init(model, lf.EVA(r=8), data=[x])["0.eva.A"].detach().double()
+    _, _, Vh = torch.linalg.svd((x - x.mean(0)).double(), full_matrices=False)
+    assert torch.linalg.svdvals(A @ Vh[:8].T).min() > 0.999
+
+
 def test_the_order_and_the_size_of_batches_do_not_matter():
     model, data = Model().double(), inputs()
     split = [part for batch in reversed(data) for part in batch.split(7)]
@@ -139,6 +150,7 @@ def test_refuses_at_init():
         (lf.EVA(r=4), None, "a: eva: needs calibration data; pass init"),
         (lf.EVA(r=6), data, "a: eva: saw 6 tokens of data, needs at least 7; pass more batches"),
         (lf.EVA(r=9), inputs(), r"b: eva: r = 9 exceeds min\(d_out, d_in\) = 8"),
+        (lf.EVA(r=4), [torch.ones(50, 20).double()], "a: eva: its inputs span fewer than r = 4"),
         (lf.EVA(r=4), [torch.full((9, 20), torch.nan).double()], "a: eva: its inputs hold NaN"),
     ):
         with pytest.raises(ValueError, match=message):

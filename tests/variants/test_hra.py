@@ -63,6 +63,18 @@ def test_start():
     assert 0.49 < U.abs().max() <= 0.5
 
 
+def test_a_vector_of_zeros_has_a_derivative_too():
+    layer = make_layer(HRA, d_in=5, d_out=4, r=2, scrambled=True, dtype=torch.float32)
+    padded = {"U": torch.cat([layer.leaves["U"], torch.zeros(2, 5)])}
+    torch.set_flush_denormal(True)
+    try:
+        y, slope = torch.func.jvp(layer.apply, (padded,), ({"U": torch.randn(6, 5)},))
+    finally:
+        torch.set_flush_denormal(False)
+    assert y.isfinite().all()
+    assert slope.isfinite().all()
+
+
 def test_a_vector_of_zeros_reflects_nothing():
     layer = make_layer(HRA, d_in=5, d_out=4, r=2, scrambled=True)
     U = layer.leaves["U"]

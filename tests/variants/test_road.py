@@ -72,6 +72,7 @@ def test_parity_with_peft(bias, kind, group_size):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"kind": True}, "kind: got True, expected one of 1, 2, 4"),
         ({"kind": 3}, "kind: got 3, expected one of 1, 2, 4"),
         ({"group_size": 3}, "group_size: got 3, expected an even number"),
         ({"group_size": 0}, "group_size: got 0, expected an integer of at least 2"),

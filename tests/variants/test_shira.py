@@ -94,6 +94,14 @@ def test_refuses(settings, message):
 
 def test_refuses_at_init():
     model = nn.Sequential(nn.Linear(4, 3))
+    for factor in (0.0, torch.nan):
+        with pytest.raises(ValueError, match="0: shira: the gradient is zero, or holds NaN"):
+            lf.init(
+                model,
+                lf.SHiRA(r=1, mask="gradient"),
+                data=[torch.ones(2, 4)],
+                loss_fn=lambda y, _, factor=factor: factor * y.sum(),
+            )
     with pytest.raises(ValueError, match="0: shira: r = 2 asks for 14 entries, the weight has 12"):
         lf.init(model, lf.SHiRA(r=2))
     with pytest.raises(ValueError, match="0: shira: mask='snip' needs calibration data; pass init"):

@@ -131,11 +131,18 @@ def test_the_signs_of_singular_pairs_are_part_of_the_method():
         assert (relative(layer.apply(turned), layer.apply()) > 1e-3) == seen
 
 
+def test_a_single_direction_may_be_steered_at_any_positive_strength():
+    model = Model()
+    data = pairs(model.layer.weight.detach())
+    lf.init(model, lf.SSteer(r=1, coeff=4.59), data=data)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"mode": "rotate"}, "mode: got 'rotate', expected one of 'scale', 'exp', 'add', 'ablate'"),
-        ({"r": 0}, "r: got 0, expected an integer of at least 1"),
+        ({"r": 0}, "r: got 0, expected an integer of at least 1, or -1 for all"),
+        ({"r": -1.0}, r"r: got -1\.0, expected an integer"),
         ({"coeff": math.inf}, "coeff: got inf, expected a finite number"),
         ({"clamp": 0}, "clamp: got 0, expected a finite number above 0"),
     ],
@@ -154,7 +161,7 @@ def test_refuses_at_init():
         (lf.SSteer(mode="ablate"), None, "layer: ssteer_ablate: mode='ablate' needs pairs"),
         (lf.SSteer(r=8), None, "layer: ssteer: r = 8 exceeds"),
         (lf.SSteer(mode="exp"), same, r"layer: ssteer_exp: 80 pairs differ by 0\.0; pass others"),
-        (lf.SSteer(coeff=4.59), data, r"coeff = 4\.59 times the largest delta is .* turns a sing"),
+        (lf.SSteer(coeff=-4.59), data, r"coeff = -4\.59 times delta reaches -.* turns a singular"),
     ):
         with pytest.raises(ValueError, match=message):
             lf.init(model, cfg, data=given_data)

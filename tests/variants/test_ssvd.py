@@ -68,10 +68,10 @@ def test_parity_with_psoft(bias):
 
 
 def test_ratio():
-    model = nn.Sequential(nn.Linear(12, 10))
-    params = lf.init(model, lf.SSVD(rotation_ratio=0.45))
-    assert params["0.ssvd.delta_s"].shape == (4,)
-    assert params["0.ssvd.K"].shape == (6,)
+    model = nn.Sequential(nn.Linear(120, 100))
+    params = lf.init(model, lf.SSVD(rotation_ratio=0.29))
+    assert params["0.ssvd.delta_s"].shape == (29,)
+    assert params["0.ssvd.K"].shape == (29 * 14,)
 
 
 def test_one_direction_has_no_rotation():
