@@ -75,6 +75,7 @@ def calibrate(
     with environment(has_fast_path(model)), eager, Put(_quiet(model)):
         for batch in tqdm(data, "calibrate", unit="batch", disable=None):
             runs[kind](gather, batch)
+            gather.forget()
             batches += 1
     if not batches:
         raise ValueError("data: got no batch; is it an iterator that is used up?")
@@ -106,16 +107,17 @@ class _Gather:
         self.model = model
         self.observers = observers
         self.statistics: dict[str, Any] = dict.fromkeys(observers)
-        self._seen: tuple[Tensor | None, int] = None, 0
-        self._results: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self._seen: tuple[Tensor | None, int]
+        self._results: dict[tuple[Any, ...], tuple[Any, Any]]
+        self.forget()
 
     def add(
         self, site: str, masks: Mapping[str, Tensor], x: Tensor, gy: Tensor | None = None
     ) -> None:
         """Show a site its input (..., d_in), and the gradient of its output."""
         seen, version = self._seen
-        if x is not seen or x._version != version:
-            self._seen, self._results = (x, x._version), {}
+        if x is not seen or _version(x) != version:
+            self._seen, self._results = (x, _version(x)), {}
         observe, cfg = self.observers[site]
         before = self.statistics[site]
         key = (observe, id(cfg), id(before), id(gy))
@@ -125,6 +127,10 @@ class _Gather:
             # the old statistics too, so that their id stays theirs
             self._results[key] = before, observe(cfg, before, real_rows(x, mask), gradients)
         _, self.statistics[site] = self._results[key]
+
+    def forget(self) -> None:
+        """Let go of the tensor seen last."""
+        self._seen, self._results = (None, 0), {}
 
     def add_pairs(self, site: str, positive: Tensor, negative: Tensor) -> None:
         """Show a site its last tokens, each (n, d_in)."""
@@ -161,6 +167,10 @@ def _watched(
     return y if replaced is None else replaced
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 def _inputs(gather: _Gather, batch: Any) -> None:
     masks = masks_of(gather.model, batch)
     with torch.no_grad():
@@ -173,7 +183,7 @@ def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
     def watch(site: str, x: Tensor, y: Tensor) -> Tensor:
         # of a frozen base nothing requires grad before the first site
         output = y if y.requires_grad else y.detach().requires_grad_()
-        seen.append((site, x.detach(), x._version, output))
+        seen.append((site, x.detach(), _version(x), output))
         return output.clone()
 
     with torch.enable_grad():
@@ -188,7 +198,7 @@ def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
     gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
     masks = masks_of(gather.model, batch)
     for (site, x, version, _), gradient in zip(seen, gradients, strict=True):
-        if x._version != version:
+        if _version(x) != version:
             raise ValueError(
                 f"{site}: its input was overwritten in place after it ran, so the gradient of its "
                 "weight cannot be formed; leave the site out"

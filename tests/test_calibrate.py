@@ -176,20 +176,20 @@ def test_it_runs_in_eval_mode():
     assert model.dropout.training
 
 
-def test_no_activation_is_kept():
-    model, alive = Mlp(), []
-    cfg = lf.EVA(r=2, target_modules="up|side|down")
+@pytest.mark.parametrize("cfg", [lf.EVA(r=2), lf.SHiRA(r=1, mask="snip"), lf.SSteer(mode="exp")])
+def test_no_activation_is_kept(cfg):
+    model, activations = Mlp(), []
+    model.down.register_forward_pre_hook(lambda module, args: activations.append(ref(args[0])))
 
     def data():
-        for _ in range(3):
-            x = torch.randn(9, 4)
-            alive.append(ref(x))
-            yield x
-            del x
+        for i in range(3):
+            x = torch.randn(3, 3, 4)
+            yield (x, torch.randn(3, 3, 4)) if cfg.calibration == "pairs" else x
             gc.collect()
-            assert sum(reference() is not None for reference in alive) <= 1
+            assert len(activations) >= i + 1
+            assert not any(activation() is not None for activation in activations)
 
-    lf.init(model, cfg, data=data())
+    lf.init(model, cfg, data=data(), loss_fn=lambda y, _: y.square().sum())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -343,7 +343,7 @@ def test_in_inference_mode_the_adapter_can_be_trained_all_the_same():
     model, x = Mlp(), torch.randn(9, 4)
     cfg = [lf.EVA(r=2, target_modules="up"), lf.Full(target_parameters="down")]
     with torch.inference_mode():
-        params = lf.init(model, cfg, data=[x])
+        params = lf.init(model, cfg, data=[x, x.clone()])
         lora = lf.init(model, lf.LoRA(r=2))
     lf.fcall(model, params, x).sum().backward()
     lf.fcall(model, lora, x).sum().backward()

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import is_tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora_func as lf
 from lora_func._weight import Affine, dense
@@ -208,6 +210,32 @@ def test_the_layer_is_affine_in_x(case, data, share):
     other = layer.x.flip(-1) + 1
     mixed = layer.apply(x=share * layer.x + (1 - share) * other)
     close(mixed, share * layer.apply() + (1 - share) * layer.apply(x=other))
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many elements each new tensor has; views of old ones are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        for tensor in filter(is_tensor, tree_leaves(output)):
+            if tensor.untyped_storage().data_ptr() not in old:
+                self.largest = max(self.largest, tensor.numel())
+        return output
+
+
+@EACH_CASE
+def test_no_matrix_of_the_size_of_the_weight_is_built(case):
+    """But for SHiRA, whose entries are put where they belong."""
+    layer = make_layer(case, d_in=40, d_out=40, scrambled=True)
+    with Sizes() as sizes:
+        layer.apply()
+    smallest = min(layer.W.shape) ** 2
+    assert (sizes.largest >= smallest) == case.name.startswith("shira")
 
 
 @EACH_CASE

@@ -8,6 +8,8 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
+from lora_func import Affine
+from lora_func.variants import dora
 from tests.cases import Case, make_layer
 from tests.parity import assert_parity, relative, same
 from tests.strategies import layers
@@ -53,11 +55,11 @@ def test_the_norm_is_held_constant_by_the_derivative():
 
 def test_the_bias_is_not_scaled():
     layer = make_layer(DORA, d_in=48, d_out=64, scrambled=True)
-    gain = layer.leaves["m"] / formula(
-        layer.leaves | {"m": torch.ones(64)}, layer.module.weight
-    ).norm(dim=1)
-    scaled = layer.apply() + (gain - 1) * layer.module.bias
-    assert relative(layer.apply(), scaled) > 0.01
+    W, b = layer.module.weight, layer.module.bias
+    n = (W + 1.5 * layer.leaves["B"] @ layer.leaves["A"]).norm(dim=1)
+    changed = formula(layer.leaves, W)
+    assert relative(layer.apply(), F.linear(layer.x, changed, b)) < 1e-12
+    assert relative(layer.apply(), F.linear(layer.x, changed, layer.leaves["m"] / n * b)) > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -83,6 +85,8 @@ def test_a_row_that_training_has_all_but_erased_stays_finite(dtype, left):
     params["0.dora.B"] = ((left - 1) * W @ torch.linalg.pinv(A)).float().requires_grad_()
     y = lf.fcall(model, params, torch.randn(32, 4).to(dtype))
     assert y.isfinite().all()
+    leaves = {key.rsplit(".", 1)[1]: leaf for key, leaf in params.items()}
+    assert dora._gain(Affine(model[0].weight), leaves).max() <= 1.1 * torch.finfo(dtype).eps ** -0.5
     trained = [*lf.partition(params)[0].values()]
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.double().sum(), trained))
 

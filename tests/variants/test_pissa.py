@@ -10,6 +10,7 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
+from lora_func.variants import pissa
 from tests.cases import Case
 from tests.parity import relative
 from tests.strategies import layers
@@ -80,6 +81,9 @@ def test_parity_with_peft(bias, alpha):
     ours = torch.autograd.grad((y * weights).sum(), [x, *(p for _, p in pairs)])
     expected = torch.autograd.grad((their_y * weights).sum(), [x, *(p for p, _ in pairs)])
     assert all(relative(a, b) < 1e-5 for a, b in zip(ours, expected, strict=True))
+    theirs.base_model.model[0].merge()
+    leaves = {key.rsplit(".", 1)[1]: leaf for key, leaf in params.items()}
+    assert relative(pissa.weight(base, leaves), layer.get_base_layer().weight) < 1e-5
 
 
 def test_the_base_is_not_written():
