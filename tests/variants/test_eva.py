@@ -40,6 +40,26 @@ def test_a_spans_the_principal_components_of_all_the_data(center):
     assert torch.equal(params["a.eva.A"], params["b.eva.A"])
 
 
+def test_sites_that_part_ways_keep_their_own_components():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 20), nn.Linear(20, 20)
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(x if y is None else y)
+
+    first, second, other = inputs()
+    data = [(first, None), (second, other), (first, None)]
+    params = lf.init(Two().double(), lf.EVA(r=4), data=data, dtype=torch.float64)
+    for site, batches in (("a", (first, second, first)), ("b", (first, other, first))):
+        x = torch.cat(batches)
+        _, _, Vh = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        torch.testing.assert_close(
+            params[f"{site}.eva.A"].detach().abs(), Vh[:4].abs(), rtol=1e-6, atol=1e-6
+        )
+
+
 def test_an_outlier_does_not_hide_the_rest():
     """In float32, of which the scatter matrix alone would leave nothing beside it."""
     torch.manual_seed(0)

@@ -38,6 +38,20 @@ def test_all_layers_share_the_projections_of_the_widest():
     assert torch.equal(lf.fcall(model.requires_grad_(False), params, x), model(x))
 
 
+def test_a_narrower_layer_uses_the_first_rows_and_columns():
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4)).double()
+    params = lf.init(model, lf.VeRA(r=3), dtype=torch.float64)
+    for key in params:
+        params[key] = torch.randn_like(params[key])
+    A, B = params["*.vera._A"], params["*.vera._B"]
+    x = y = torch.randn(2, 6).double()
+    for site, layer in model.named_children():
+        d, b = (params[f"{site}.vera.lambda_{name}"] for name in "db")
+        down, up = A[:, : layer.in_features], B[: layer.out_features]
+        y = F.linear(y, layer.weight + b.diag() @ up @ d.diag() @ down, layer.bias)
+    torch.testing.assert_close(lf.fcall(model, params, x), y)
+
+
 def test_stacks_of_mixed_rank():
     model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double(), torch.randn(3, 6).double()
     adapters = [lf.init(model, lf.VeRA(r=r), seed=r, dtype=torch.float64) for r in (2, 5)]
