@@ -111,37 +111,27 @@ class _Gather:
         self._results: dict[tuple[Any, ...], tuple[Any, Any]]
         self.forget()
 
-    def add(
-        self, site: str, masks: Mapping[str, Tensor], x: Tensor, gy: Tensor | None = None
-    ) -> None:
-        """Show a site its input (..., d_in), and the gradient of its output."""
-        seen, version = self._seen
-        if x is not seen or _version(x) != version:
-            self._seen, self._results = (x, _version(x)), {}
-        observe, cfg = self.observers[site]
-        before = self.statistics[site]
-        key = (observe, id(cfg), id(before), id(gy))
-        if key not in self._results:
-            mask = rows_of(site, masks, x)
-            gradients = None if gy is None else real_rows(gy, mask)
-            # the old statistics too, so that their id stays theirs
-            self._results[key] = before, observe(cfg, before, real_rows(x, mask), gradients)
-        _, self.statistics[site] = self._results[key]
-
     def forget(self) -> None:
         """Let go of the tensor seen last."""
         self._seen, self._results = (None, 0), {}
 
-    def add_pairs(self, site: str, positive: Tensor, negative: Tensor) -> None:
-        """Show a site its last tokens, each (n, d_in)."""
-        if positive.shape != negative.shape:
-            raise ValueError(
-                f"{site}: {len(positive)} positive rows, {len(negative)} negative ones; row i of "
-                "one belongs to row i of the other"
-            )
+    def add(self, site: str, x: Tensor, gy: Tensor | None = None) -> None:
+        """Show a site rows of its input, and of the gradient of its output."""
         observe, cfg = self.observers[site]
-        pairs = torch.stack([positive, negative])
-        self.statistics[site] = observe(cfg, self.statistics[site], pairs, None)
+        self.statistics[site] = observe(cfg, self.statistics[site], x, gy)
+
+    def add_shared(self, site: str, masks: Mapping[str, Tensor], x: Tensor) -> None:
+        """Show a site its input (..., d_in), which other sites may see as well."""
+        seen, version = self._seen
+        if x is not seen or _version(x) != version:
+            self._seen, self._results = (x, _version(x)), {}
+        before = self.statistics[site]
+        key = (*map(id, self.observers[site]), id(before))
+        if key not in self._results:
+            self.add(site, real_rows(x, rows_of(site, masks, x)))
+            # the old statistics too, so that their id stays theirs
+            self._results[key] = before, self.statistics[site]
+        _, self.statistics[site] = self._results[key]
 
     def call(self, batch: Any, see: See) -> Any:
         """Run the model while ``see`` looks at every site."""
@@ -174,7 +164,7 @@ def _version(x: Tensor) -> int:
 def _inputs(gather: _Gather, batch: Any) -> None:
     masks = masks_of(gather.model, batch)
     with torch.no_grad():
-        gather.call(batch, lambda site, x, y: gather.add(site, masks, x))
+        gather.call(batch, lambda site, x, y: gather.add_shared(site, masks, x))
 
 
 def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
@@ -204,8 +194,9 @@ def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
                 "weight cannot be formed; leave the site out"
             )
         if gradient is not None:
+            mask = rows_of(site, masks, x)
             with torch.autocast(x.device.type, enabled=False):
-                gather.add(site, masks, x, gradient)
+                gather.add(site, real_rows(x, mask), real_rows(gradient, mask))
 
 
 def _pairs(gather: _Gather, batch: Any) -> None:
@@ -217,8 +208,13 @@ def _pairs(gather: _Gather, batch: Any) -> None:
     if positive.keys() != negative.keys():
         site = min(positive.keys() ^ negative.keys())
         raise ValueError(f"{site}: ran on one side of a pair only; leave it out")
-    for site in positive:
-        gather.add_pairs(site, positive[site], negative[site])
+    for site, rows in positive.items():
+        if rows.shape != negative[site].shape:
+            raise ValueError(
+                f"{site}: {len(rows)} positive rows, {len(negative[site])} negative ones; row i of "
+                "one belongs to row i of the other"
+            )
+        gather.add(site, torch.stack([rows, negative[site]]))
 
 
 def _last_tokens(gather: _Gather, batch: Any) -> dict[str, Tensor]:

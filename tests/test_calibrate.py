@@ -80,7 +80,8 @@ def test_sites_that_see_one_tensor_share_the_work_and_the_result():
     lf.init(model, Look(), data=[torch.randn(3, 4), torch.randn(3, 4)])
     assert len(SEEN) == 2 * 2  # up and side together, down
     SEEN.clear()
-    lf.init(make("qwen3"), Look(), data=[batch_for(make("qwen3"))])
+    cfg = Look(target_modules=["all-linear"])  # a list, which has no hash
+    lf.init(make("qwen3"), cfg, data=[batch_for(make("qwen3"))])
     assert len(SEEN) == 2 * 4  # q k v, o, gate up, down
 
 
@@ -332,7 +333,7 @@ def test_fused_inference_kernels_are_off():
 
 def test_a_part_that_was_compiled_and_has_run():
     model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 4))), torch.randn(3, 4)
-    model[0] = torch.compile(model[0], backend="eager")
+    model[0] = torch.compile(model[0], backend="eager", fullgraph=True)
     with torch.no_grad():
         model(x)
     (key,) = (k for k in lf.init(model, Look(), data=[x]) if k.endswith("_seen"))
