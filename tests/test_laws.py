@@ -302,3 +302,45 @@ def test_unstack_undoes_stack(case, d_in, d_out, seed, adapters):
     for one, other in zip(made, again, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def trained(params, loss, steps=4):
+    """A copy, after some steps of AdamW on one parameter group."""
+    leaves = {key: leaf.detach().clone() for key, leaf in params.items()}
+    moving = [leaf.requires_grad_() for leaf in lf.partition(leaves)[0].values()]
+    optimizer = torch.optim.AdamW(moving, lr=1e-2, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(leaves).backward()
+        optimizer.step()
+    return {key: leaf.detach() for key, leaf in leaves.items()}
+
+
+def two_ranks(case):
+    return [case.fit(8, 8, r)[2] for r in (1, 3)]
+
+
+RANKED = [case for case in CASES if len({case.config(r) for r in two_ranks(case)}) == 2]
+
+
+@pytest.mark.parametrize("case", RANKED, ids=repr)
+def test_a_stack_of_mixed_ranks_trains_like_its_members_or_is_refused(case):
+    module = make_layer(case, d_in=8, d_out=8, r=3, seed=1).module
+    adapters = [make_params(case, module, r, seed=r, dtype=torch.float64) for r in two_ranks(case)]
+    if not make_layer(case).variant.pads:
+        with pytest.raises(ValueError, match="cannot be padded exactly; stack adapters of"):
+            lf.stack(adapters)
+        return
+    x = torch.randn(5, module.in_features, dtype=torch.float64)
+
+    def loss(params):
+        return lf.fcall(module, params, x, loss_fn=lambda y, _: (y - 1).square().sum())
+
+    def losses(stacked):
+        return torch.vmap(loss)(stacked).sum()
+
+    stacked = trained(lf.stack(adapters), losses)
+    for one, again in zip(adapters, lf.unstack(stacked), strict=True):
+        close(again, trained(one, loss))
+    for key, leaf in lf.stack(lf.unstack(stacked)).items():
+        assert torch.equal(leaf, stacked[key]), f"{key}: the padding has moved"
