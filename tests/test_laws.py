@@ -94,6 +94,16 @@ class View(nn.Module):
         return self.view(frozen)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if make_layer(c).variant.delta_norm], ids=repr)
+@given(data=st.data())
+def test_the_norm_of_the_change(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    change = layer.weight(layer.W) - dense(layer.W)
+    torch.testing.assert_close(
+        layer.variant.delta_norm(layer.leaves), change.norm(), rtol=1e-6, atol=1e-6
+    )
+
+
 @EACH_LINEAR_CASE
 @given(data=st.data())
 def test_parametrizing_the_weight_is_the_same_layer(case, data):

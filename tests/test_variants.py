@@ -101,6 +101,24 @@ def test_transforms_agree(case, family):
     torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+@each_pair()
+def test_on_a_gpu(case, family):
+    """The same numbers as on the CPU, where the adapter was made; a start that is the base's."""
+    model = make(family, torch.float64).requires_grad_(False)
+    batch = batch_for(model)
+    start = adapter(case, model, dtype=torch.float64)
+    params = scramble({key: leaf.detach().clone() for key, leaf in start.items()})
+    loss = lf.fcall(model, params, batch)
+    model.cuda()
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    start, there = ({k: leaf.cuda() for k, leaf in p.items()} for p in (start, params))
+    torch.testing.assert_close(lf.fcall(model, there, batch).cpu(), loss)
+    if case.start == "exact":
+        model.bfloat16()
+        assert torch.equal(lf.fcall(model, start, batch), model(**batch).loss)
+
+
 @pytest.mark.parametrize("case", ADAPTERS, ids=repr)
 def test_trains_on_a_bfloat16_model(case):
     model = make(families(case)[0], torch.bfloat16).requires_grad_(False)
