@@ -77,13 +77,11 @@ def calibrate(
             runs[kind](gather, batch)
             gather.forget()
             batches += 1
-    if not batches:
-        raise ValueError("data: got no batch; is it an iterator that is used up?")
     for site, statistics in gather.statistics.items():
         if statistics is None:
             raise ValueError(
-                f"{site}: saw nothing of {batches} batches: the layer did not run, or the loss "
-                "does not depend on it; leave it out, or pass other data"
+                f"{site}: saw nothing of {batches} batches: there is none, the layer did not run, "
+                "or the loss does not depend on it; pass other data, or leave the site out"
             )
     return gather.statistics
 

@@ -397,9 +397,9 @@ HALF = torch.tensor([[1, 0], [1, 1], [1, 1]])
         ),
         (Look(), X, TypeError, "data: got one Tensor, expected an iterable of batches"),
         (Look(), {"x": X}, TypeError, "data: got one dict, expected an iterable of batches"),
-        (Look(), [], ValueError, "data: got no batch"),
+        (Look(), [], ValueError, "used: saw nothing of 0 batches: there is none"),
         (Look(), ["text"], TypeError, "batch: got str, expected a mapping"),
-        (Look(), [X], ValueError, "unused: saw nothing of 1 batches: the layer did not run"),
+        (Look(), [X], ValueError, "unused: saw nothing of 1 batches: there is none, the layer did"),
         (
             Look(kind="gradients"),
             [X],
