@@ -29,21 +29,22 @@ def masks_of(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     args, kwargs = arguments(batch)
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else {}
     named = {name: given.get(name, kwargs.get(name)) for name in _NAMES}
-    masks = {name: mask != 0 for name, mask in named.items() if mask is not None}
-    if all(bool(mask.all()) for mask in masks.values()):
+    masks = {name: mask for name, mask in named.items() if mask is not None}
+    if all(isinstance(mask, Tensor) and bool((mask != 0).all()) for mask in masks.values()):
         return {}
     for name, mask in masks.items():
-        if mask.ndim != 2:
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"{name}: got shape {tuple(mask.shape)}, from which padding cannot be told; pass "
-                "one of (batch, tokens), or unpadded batches without it"
+                f"{name}: got {found}, from which padding cannot be told; pass a tensor of (batch, "
+                "tokens), or unpadded batches without it"
             )
     if len(masks) < len(_NAMES) and any(map(_has_two_sequences, model.modules())):
         raise ValueError(
             f"data: got {', '.join(masks)} alone, which leaves open what is padding elsewhere; "
             "pass attention_mask and decoder_attention_mask, or unpadded batches"
         )
-    return masks
+    return {name: mask != 0 for name, mask in masks.items()}
 
 
 def rows_of(site: str, masks: Mapping[str, Tensor], x: Tensor) -> Tensor | None:

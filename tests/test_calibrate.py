@@ -414,6 +414,12 @@ HALF = torch.tensor([[1, 0], [1, 1], [1, 1]])
             ValueError,
             "used: a row of the batch is all padding and has no last token",
         ),
+        (
+            Look(),
+            [{"x": X, "attention_mask": {"full_attention": HALF}}],
+            ValueError,
+            "attention_mask: got dict, from which padding cannot be told",
+        ),
         (Look(), 5, TypeError, "data: got one int, expected an iterable of batches"),
         (Look(kind="pairs"), [(X, X)], ValueError, r"used: its input has shape \(3, 4\); the last"),
         (
@@ -432,7 +438,7 @@ HALF = torch.tensor([[1, 0], [1, 1], [1, 1]])
             Look(),
             [{"x": X[:2], "attention_mask": HALF[None]}],
             ValueError,
-            r"^attention_mask: got shape \(1, 3, 2\), .* pass one of \(batch, tokens\)",
+            r"^attention_mask: got \(1, 3, 2\), .* pass a tensor of \(batch, tokens\)",
         ),
     ],
 )
