@@ -29,6 +29,7 @@ def run(tiny, tmp_path, *arguments):
     return probe.main([*small, *rest, *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "variants"),
     [("classify", "all"), ("generate", "head,eva-rho2,hra,vera,ssteer-add,shira-snip")],
