@@ -19,7 +19,7 @@ LAYERS = [
     {"_config", "_padding"},
     {"_types"},
     {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers", "_running"},
-    {"_moments", "_calibrate"},
+    {"_moments", "_low_rank", "_calibrate"},
     {f"variants.{file.stem}" for file in PACKAGE.glob("variants/[!_]*.py")}
     | {"variants._template"},
     {"variants"},

@@ -17,7 +17,6 @@ makes s shrink as r grows; ours keeps s = 2.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +24,10 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_flag
 from lora_func._config import LowRankConfig
-from lora_func._linalg import kaiming_uniform, low_rank, low_rank_norm, refuse_rank_above
+from lora_func._linalg import kaiming_uniform, refuse_rank_above
+from lora_func._low_rank import apply, delta_norm, weight
 from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,34 +71,6 @@ def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict
         "B": torch.zeros(d_out, cfg.r),
         "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
     }
-
-
-def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + s x Aᵀ Bᵀ``.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    return linear(x, W) + low_rank(x, params["A"], params["B"], params["_scale"])
-
-
-def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """Compute ``W + s B A``.
-
-    Returns:
-        Shape (d_out, d_in).
-    """
-    W = dense(W)
-    return W + (params["_scale"] * (params["B"] @ params["A"])).to(W.dtype)
-
-
-def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
-    """Compute the norm of ``s B A``.
-
-    Returns:
-        Shape ().
-    """
-    return low_rank_norm(params["A"], params["B"], params["_scale"])
 
 
 VARIANT = Variant(

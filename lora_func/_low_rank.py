@@ -1,0 +1,36 @@
+"""The views of ``W' = W + s B A``, which LoRA shares with variants that only start elsewhere."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lora_func._linalg import low_rank, low_rank_norm
+from lora_func._weight import Weight, dense, linear
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x, W) + s x Aᵀ Bᵀ``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return linear(x, W) + low_rank(x, params["A"], params["B"], params["_scale"])
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + s B A``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + (params["_scale"] * (params["B"] @ params["A"])).to(W.dtype)
+
+
+def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+    """Compute the norm of ``s B A``.
+
+    Returns:
+        Shape ().
+    """
+    return low_rank_norm(params["A"], params["B"], params["_scale"])
