@@ -70,7 +70,7 @@ def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         added = s * ((2 * WA + s * B @ (A @ A.mT)) * B).sum(-1)
     # what the sum of squares is precise to, where a row has all but vanished
     least = squares * torch.finfo(W.dtype).eps
-    n = torch.maximum(squares + added.to(squares.dtype), least).sqrt().detach().to(m.dtype)
+    n = torch.maximum(squares + added.to(squares.dtype), least).sqrt().to(m.dtype)
     return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
 
