@@ -14,6 +14,7 @@ References:
 Deviations: we follow the paper. ESPnet's code starts δ at random, has a trained gate, takes the
 SVD of Wᵀ where d_out < d_in, which rotates the outputs, and knows the approximate form alone.
 ``G Gᵀ = I`` in the strict form, ``I + 4 K Kᵀ`` in the approximate one, the paper's default.
+An unconstrained G is not offered.
 """
 
 from collections.abc import Mapping
