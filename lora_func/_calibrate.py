@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lora_func._batch import LossFn, arguments, result
 from lora_func._config import AdapterConfig
-from lora_func._modules import identities, structure
+from lora_func._modules import forward_slot, identities, structure
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import Run, refuse_others, running
 from lora_func._slots import Put, Slot
@@ -141,8 +141,8 @@ class _Gather:
         for site in self.observers:
             module = self.model.get_submodule(site)
             # where an adapter goes, so that it sees what an adapter will
-            name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-            yield vars(module), name, partial(_watched, site, see, getattr(module, name))
+            slot = forward_slot(module)
+            yield vars(module), slot, partial(_watched, site, see, getattr(module, slot))
 
 
 def _watched(

@@ -111,8 +111,12 @@ def _make(
 def _statistics(
     model: nn.Module, plans: Sequence[Plan], data: Iterable[Any], loss_fn: LossFn | None
 ) -> dict[str, Any]:
-    takers = [(config, targets) for config, targets in plans if config.calibration is not None]
-    kinds = {type(config).__name__: config.calibration for config, _ in takers}
+    takers = [
+        (config, targets, observe)
+        for config, targets in plans
+        if config.calibration is not None and (observe := by_config(config).observe) is not None
+    ]
+    kinds = {type(config).__name__: config.calibration for config, _, _ in takers}
     if len({*kinds.values()}) != 1:
         raise ValueError(
             f"data: taken by {kinds or 'none of the configs'}, of one kind at a time; init them "
@@ -120,9 +124,8 @@ def _statistics(
         )
     observers = {
         target.site: Observer(observe, config)
-        for config, targets in takers
+        for config, targets, observe in takers
         for target in targets
-        if (observe := by_config(config).observe)
     }
     return calibrate(model, observers, data, loss_fn)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func._modules import identities, uncompiled
+from lora_func._modules import forward_slot, identities, uncompiled
 from lora_func._plan import Plan, Site, plan_of
 from lora_func._running import Run, refuse_others, running
 from lora_func._slots import Put, Slot
@@ -115,15 +115,14 @@ def _adapted_forward(
 
 
 def _slot_name(module: nn.Module, site: Site) -> str:
-    if "_old_forward" in module.__dict__:  # accelerate's hooks live in "forward" and call this one
-        return "_old_forward"
-    if "forward" in module.__dict__:
+    slot = forward_slot(module)
+    if slot == "forward" and slot in module.__dict__:
         raise TypeError(
             f"{site.path}: its forward was replaced on the instance, by "
             f"{module.__dict__['forward']!r}, which {site.variant.name} would bypass; remove that, "
             "or leave the site out of the adapter"
         )
-    return "forward"
+    return slot
 
 
 def _refuse_other_shapes(

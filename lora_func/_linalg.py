@@ -120,27 +120,22 @@ def svd(
     return Q @ U, S, Vh
 
 
-def skew(upper: Tensor, size: int) -> Tensor:
+def skew(upper: Tensor) -> Tensor:
     """Build skew-symmetric matrices ``T - Tᵀ`` from their strict upper triangles, row by row.
 
     Args:
-        upper: Shape (..., size (size - 1) / 2).
-        size: Side of a matrix.
+        upper: Shape (..., b (b - 1) / 2).
 
     Returns:
-        Shape (..., size, size).
+        Shape (..., b, b).
     """
+    size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     place = torch.zeros(size, size, dtype=torch.long, device=upper.device)
     place = place.index_put((rows, columns), 1 + torch.arange(len(rows), device=upper.device))
     padded = torch.cat([upper.new_zeros(*upper.shape[:-1], 1), upper], -1)
     T = padded[..., place]
     return T - T.mT
-
-
-def skew_size(upper: Tensor) -> int:
-    """Return the side of the skew-symmetric matrices whose triangles these are."""
-    return (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
 
 
 def cayley(X: Tensor) -> Tensor:

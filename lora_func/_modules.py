@@ -16,6 +16,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return original
 
 
+def forward_slot(module: nn.Module) -> str:
+    """Name the attribute whose place an adapter takes: accelerate's hooks live in "forward"."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter of each module; a tied one at each of its places."""
     for path, module in model.named_modules():

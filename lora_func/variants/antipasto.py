@@ -37,7 +37,6 @@ from lora_func._linalg import (
     refuse_rank_above,
     rotate_blocks,
     skew,
-    skew_size,
     svd,
 )
 from lora_func._moments import Moments, observe
@@ -129,7 +128,7 @@ def rotation(params: Mapping[str, Tensor], rot: Tensor) -> Tensor:
     """
     rot = at_least_float32(rot)
     a = 2 * (params["_max_angle"].to(rot.dtype) / 2).tan()
-    A = a * (skew(rot / 2, skew_size(rot)) / a).tanh()
+    A = a * (skew(rot / 2) / a).tanh()
     return cayley(params["_coeff"].to(rot.dtype) * A / 2)
 
 

@@ -30,7 +30,6 @@ from lora_func._linalg import (
     cayley,
     rotate_blocks,
     skew,
-    skew_size,
     without_autocast,
 )
 from lora_func._types import Variant
@@ -89,7 +88,7 @@ def rotation(params: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Shape (blocks, b, b), float32 or better.
     """
-    Q = at_least_float32(skew(params["R"], skew_size(params["R"])))
+    Q = at_least_float32(skew(params["R"]))
     if "_neumann" not in params:
         return cayley(Q)
     terms = params["_neumann"].shape[-1]

@@ -100,8 +100,7 @@ def rotation(params: Mapping[str, Tensor]) -> Tensor:
         Shape (k, k), float32 or better.
     """
     name = "K_strict" if "K_strict" in params else "K"
-    k = params["delta_s"].shape[-1]
-    K = skew(at_least_float32(params[name]), k)
+    K = skew(at_least_float32(params[name]))
     return cayley(-K) if name == "K_strict" else -2 * K
 
 

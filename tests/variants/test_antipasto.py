@@ -64,7 +64,8 @@ def test_formula(data, rotate, b, coeff):
 
 def rotation(rot, **constants):
     constants = {"_coeff": torch.tensor(1.0), "_max_angle": torch.tensor(0.5)} | constants
-    return antipasto.rotation(constants, rot) + torch.eye(antipasto.skew_size(rot))
+    E = antipasto.rotation(constants, rot)
+    return E + torch.eye(E.shape[-1])
 
 
 @pytest.mark.parametrize("b", [2, 4, 8])
