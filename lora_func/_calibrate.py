@@ -15,7 +15,7 @@ from lora_func._modules import forward_slot, identities, structure
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import Run, refuse_others, running
 from lora_func._slots import Put, Slot
-from lora_func._transforms import environment, has_fast_path
+from lora_func._transforms import has_fast_path, held, settings_now
 from lora_func._types import ObserveFn
 
 See: TypeAlias = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -72,7 +72,7 @@ def calibrate(
     }
     batches = 0
     eager = torch.compiler.set_stance("force_eager")
-    with environment(has_fast_path(model)), eager, Put(_quiet(model)):
+    with held(settings_now(has_fast_path(model))), eager, Put(_quiet(model)):
         for batch in tqdm(data, "calibrate", unit="batch", disable=None):
             runs[kind](gather, batch)
             gather.forget()
@@ -89,7 +89,7 @@ def calibrate(
 def _quiet(model: nn.Module) -> Iterator[Slot]:
     """Take the model for ourselves, and put it into eval mode."""
     token, modules = object(), identities(structure(model))
-    yield running, token, Run(modules, modules)
+    yield running, token, Run(modules, modules, token)
     refuse_others(token)
     yield from ((vars(module), "training", False) for module in model.modules())
 

@@ -5,13 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lora_func._batch import LossFn, arguments, result
-from lora_func._errors import UnusedLeafError
-from lora_func._inject import injected
-from lora_func._keys import parse
-from lora_func._modules import named_parameters
+from lora_func._inject import injection
 
 
 def fcall(
@@ -42,9 +38,9 @@ def fcall(
 
     Raises:
         TypeError: If batch is of another kind, or a variant cannot adapt a module.
-        KeyError: If a key names no module of the model, or no variant.
+        KeyError: If a key names no module or parameter of the model, or no variant.
         ValueError: If two variants name one module, or a leaf has not its parameter's shape.
-        RuntimeError: If activation checkpointing is on.
+        RuntimeError: If the model cannot run under the transforms around the call.
         BusyModelError: If the model is already running with an adapter; see ``skeleton``.
         UnusedLeafError: If an adapted module never ran, or a variant has no such leaf.
 
@@ -56,20 +52,11 @@ def fcall(
         >>> (gradient,) = torch.autograd.grad(loss, params["0.lora.B"])
     """
     args, kwargs = arguments(batch)
-    given = {f"{key.site}.{key.leaf}".lstrip(".") for key in map(parse, params)}
-    trainable = {
-        name: p for name, p in named_parameters(model) if p.requires_grad and name not in given
-    }
-    with injected(model, params) as unused:
-        base = named_parameters(model) if trainable else ()
-        frozen = {name: p.detach() for name, p in base if p is trainable.get(name)}
-        output = functional_call(model, frozen, args, kwargs, tie_weights=False)
-    if strict and unused:
-        raise UnusedLeafError(
-            f"{len(unused)} leaves had no part in this call, such as {min(unused)!r}: the model "
-            "skips the layer or reads its weight past it, or the variant has no such leaf; leave "
-            "them out of the adapter, or pass strict=False"
-        )
+    work = injection(model, [params])
+    with work.inside():
+        output = work.call(args, kwargs)
+    if strict:
+        work.refuse_unused()
     return result(output, batch, loss_fn)
 
 
@@ -90,9 +77,8 @@ def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Modul
 
     Raises:
         TypeError: If a variant cannot adapt the module that a key names.
-        KeyError: If a key names no module of the model, or no variant.
+        KeyError: If a key names no module or parameter of the model, or no variant.
         ValueError: If two variants name one module, or a leaf has not its parameter's shape.
-        RuntimeError: If activation checkpointing is on.
         BusyModelError: If the model is already running with an adapter.
 
     Example:
@@ -101,5 +87,5 @@ def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Modul
         >>> with lf.adapted(model, lf.init(model, lf.LoRA(r=2))):
         ...     output = model(torch.ones(1, 4))
     """
-    with injected(model, params):
+    with injection(model, [params], detached=False).inside():
         yield model

@@ -64,14 +64,18 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(AdapterConfig):
-    """A config whose sites are linear-like modules.
+    """A config whose sites are layers and parameters that are matrices.
 
     Attributes:
-        target_modules: A regular expression searched for in the module paths, or a sequence of
-            them; or "all-linear": every linear-like module but the output head and MoE routers.
-            Each pattern must match at least one of the sites that are left in the end.
-        exclude_modules: Patterns of modules to leave out. Each must match at least one linear-like
-            module.
+        target_modules: A regular expression searched for in the paths of linear layers,
+            convolutions and embeddings, or a sequence of them; or "all-linear": every linear layer
+            but the output head and MoE routers. Each pattern must match at least one of the sites
+            that are left in the end.
+        target_parameters: The same for names of parameters of two or three axes, such as stacked
+            experts. A parameter that modules share is adapted in all of them, whereas a module
+            stands for itself alone.
+        exclude_modules: Patterns of sites to leave out. Each must match at least one that could be
+            adapted.
         target_roles: Keep only modules of these roles, read from the shapes against the width of
             the residual stream: "reader" (stream to something else), "writer" (something else to
             the stream), "inner" (neither side). A square layer is a reader or a writer by where it
@@ -79,24 +83,29 @@ class LinearConfig(AdapterConfig):
     """
 
     target_modules: Patterns = ALL_LINEAR
+    target_parameters: Patterns = ()
     exclude_modules: Patterns = ()
     target_roles: Role | Sequence[Role] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_patterns("target_modules", self.target_modules)
+        check_patterns("target_parameters", self.target_parameters)
         check_patterns("exclude_modules", self.exclude_modules)
         roles = self.target_roles
         for role in as_tuple(roles) if isinstance(roles, Sequence) else (roles,):
             if role not in get_args(Role):
                 raise ValueError(f"target_roles: got {role!r}, expected any of {get_args(Role)}")
-        if not as_tuple(self.target_modules):
+        if not as_tuple(self.target_modules) and not as_tuple(self.target_parameters):
             raise ValueError('target_modules: got no pattern; "all-linear" adapts every layer')
 
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
-        """Return the patterns of the modules to adapt."""
+        """Return the patterns of the modules and parameters to adapt."""
         patterns = as_tuple(self.target_modules)
-        return {"target_modules": tuple(p for p in patterns if p != ALL_LINEAR)}
+        return {
+            "target_modules": tuple(p for p in patterns if p != ALL_LINEAR),
+            "target_parameters": as_tuple(self.target_parameters),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,3 +7,7 @@ class BusyModelError(RuntimeError):
 
 class UnusedLeafError(RuntimeError):
     """A call finished without using some leaf, as when its layer never ran."""
+
+
+class FoldError(RuntimeError):
+    """Adapters cannot share one call of a model, since its rows would not stay apart."""

@@ -13,10 +13,10 @@ from lora_func._batch import LossFn
 from lora_func._calibrate import Observer, calibrate
 from lora_func._config import AdapterConfig
 from lora_func._keys import SHARED, Key
-from lora_func._modules import uncompiled
+from lora_func._modules import place_of, uncompiled
 from lora_func._targets import Target, find_targets
 from lora_func._types import Params, Variant
-from lora_func._weight import affine
+from lora_func._weight import affine, is_linear, is_stack, matrices, matrix
 from lora_func.variants import by_config
 
 Plan: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
@@ -99,12 +99,12 @@ def _make(
     for config, targets in plans:
         variant = by_config(config)
         weights = {target.site: _frozen(model, target) for target in targets}
-        for key, leaf in _leaves(weights, config, variant, seed, stats).items():
+        for key, leaf in _leaves(weights, config, variant, seed, stats, dtype).items():
             if str(key) in params:
                 raise ValueError(
                     f"{key}: two {variant.name} configs would share this constant; make them one"
                 )
-            params[str(key)] = _stored(key, leaf, variant, dtype)
+            params[str(key)] = leaf
     return params
 
 
@@ -122,6 +122,9 @@ def _statistics(
             f"data: taken by {kinds or 'none of the configs'}, of one kind at a time; init them "
             "apart, each with its own data, and join the dicts"
         )
+    for _, targets, _ in takers:
+        for target in targets:
+            _refuse_unobservable(model, target.site)
     observers = {
         target.site: Observer(observe, config)
         for config, targets, observe in takers
@@ -130,19 +133,37 @@ def _statistics(
     return calibrate(model, observers, data, loss_fn)
 
 
+def _refuse_unobservable(model: nn.Module, site: str) -> None:
+    module, parameter = place_of(model, site)
+    if parameter is not None or not is_linear(module):
+        raise TypeError(
+            f"{site}: data is gathered at the inputs of linear layers, this is a "
+            f"{type(module).__name__}; leave it out"
+        )
+
+
 def _leaves(
     weights: Mapping[str, Any],
     cfg: AdapterConfig,
     variant: Variant,
     seed: int,
     stats: Mapping[str, Any],
+    dtype: torch.dtype,
 ) -> dict[Key, Tensor]:
     leaves: dict[Key, Tensor] = {}
+
+    def add(site: str, made: Sequence[Mapping[str, Tensor]], W: Any) -> None:
+        for name in made[0]:
+            key = Key(site, variant.name, name)
+            each = [_stored(key, one[name], variant, dtype).to(_device(W)) for one in made]
+            leaf = torch.stack(each) if is_stack(W) and site != SHARED else each[0]
+            leaves[key] = leaf.requires_grad_(not key.is_constant)
+
     if variant.shared is not None:
+        singles = {site: matrices(W)[0] for site, W in weights.items()}
         with torch.device("cpu"):
-            made = variant.shared(weights, cfg, _generator(seed, SHARED, variant.name))
-        device = _device(next(iter(weights.values())))
-        leaves |= {Key(SHARED, variant.name, name): leaf.to(device) for name, leaf in made.items()}
+            made = variant.shared(singles, cfg, _generator(seed, SHARED, variant.name))
+        add(SHARED, [made], next(iter(weights.values())))
     resolved = {site: (cfg.at(site), stats.get(site)) for site in weights}
     if variant.conclude is not None and stats:
         configs = {site: config for site, (config, _) in resolved.items()}
@@ -152,12 +173,11 @@ def _leaves(
         W, generator = weights[site], _generator(seed, site, variant.name)
         try:
             with torch.device("cpu"):
-                made = variant.init(W, config, generator, seen)
+                each = [variant.init(one, config, generator, seen) for one in matrices(W)]
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{site}: {variant.name}: {error}") from error
-        device = _device(W)
-        leaves |= {Key(site, variant.name, name): leaf.to(device) for name, leaf in made.items()}
+        add(site, each, W)
     return leaves
 
 
@@ -168,16 +188,27 @@ def _device(W: Any) -> torch.device:
 
 
 def _frozen(model: nn.Module, target: Target) -> Any:
-    module = model.get_submodule(target.site)
+    module, parameter = place_of(model, target.site)
+    if parameter is None and not target.parameters and is_linear(module):
+        W = affine(module)
+        _refuse_without_data(target.site, W.weight)
+        return W
     own = {name: getattr(module, name) for name in target.parameters}
-    for tensor in own.values() or (affine(module).weight,):
-        if tensor.is_meta or is_lazy(tensor):
-            raise ValueError(f"{target.site}: its weight has no data yet; load the model first")
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{target.site}: its weight is {tensor.dtype}; accepted are floating-point weights"
-            )
-    return own or affine(module)
+    name = parameter or "weight"
+    for tensor in own.values() or (module._parameters[name],):
+        _refuse_without_data(target.site, tensor)
+    return own or matrix(module, dict(module.named_parameters(recurse=False)), name)
+
+
+def _refuse_without_data(site: str, weight: Tensor | None) -> None:
+    if weight is None:
+        raise TypeError(f"{site}: its weight is computed when it is read; remove what computes it")
+    if weight.is_meta or is_lazy(weight):
+        raise ValueError(f"{site}: its weight has no data yet; load the model first")
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"{site}: its weight is {weight.dtype}; accepted are floating-point weights"
+        )
 
 
 def _generator(seed: int, site: str, variant: str) -> Generator:
@@ -198,7 +229,7 @@ def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Ten
             f"{key}: dtype={dtype} cannot hold this {leaf.dtype} parameter exactly; "
             f"pass dtype={torch.promote_types(dtype, leaf.dtype)}"
         )
-    return leaf.to(dtype).contiguous().requires_grad_(not key.is_constant)
+    return leaf.to(dtype).contiguous()
 
 
 def _refuse_overlaps(plans: Sequence[Plan]) -> None:

@@ -1,148 +1,248 @@
-"""Putting an adapter into a live model for the length of a call, and taking it out again."""
+"""Putting adapters into a live model for the length of a call, and taking them out again."""
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from lora_func._modules import forward_slot, identities, uncompiled
-from lora_func._plan import Plan, Site, plan_of
+from lora_func._checkpoint import intercepted
+from lora_func._errors import UnusedLeafError
+from lora_func._modules import forward_slot, identities, named_parameters, structure, uncompiled
+from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
+from lora_func._rows import Part, Rows, folded_forward
 from lora_func._running import Run, refuse_others, running
+from lora_func._sites import (
+    FROZEN,
+    Forward,
+    frozen_forward,
+    leaves_of,
+    parameter_slots,
+    replaced_ids,
+    run_sites,
+)
 from lora_func._slots import Put, Slot
-from lora_func._transforms import environment
-from lora_func._weight import affine
+from lora_func._transforms import WhileNeeded, held, settings_now, transformable, transformed
 
 
-class _Watched(dict[str, Tensor]):
-    """A dict that strikes what is read from it off a list."""
+@dataclass(frozen=True, eq=False)
+class Injection:
+    """What is put into a model for a call, and can be put there again to repeat a part of it.
 
-    __slots__ = ("_keys", "_unused")
+    Attributes:
+        model: The model, as the caller gave it.
+        plans: The layout of each of the adapters.
+        adapters: One adapter for all rows; with ``rows`` stacks of them.
+        rows: Whose rows are whose; None for one adapter.
+        unused: The keys of each of the adapters that nothing has read yet; None while compiling.
+        frozen: The base parameters that would get a gradient, detached.
+        settings: What the transforms around the call need.
+        origin: The call.
+    """
 
-    def __init__(
-        self, values: Mapping[str, Tensor], keys: Mapping[str, str], unused: set[str]
-    ) -> None:
-        super().__init__(values)
-        self._keys = keys
-        self._unused = unused
+    model: nn.Module
+    plans: tuple[Plan, ...]
+    adapters: tuple[Mapping[str, Tensor], ...]
+    rows: Rows | None
+    unused: tuple[set[str] | None, ...]
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: tuple[WhileNeeded, ...] = ()
+    origin: object = None
 
-    def __getitem__(self, name: str) -> Tensor:
-        self._unused.discard(self._keys.get(name, ""))
-        return super().__getitem__(name)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The adapters' tensors."""
+        return [tensor for adapter in self.adapters for tensor in adapter.values()]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        self._unused.discard(self._keys.get(name, ""))
-        return super().get(name, default)
+    def below(self, module: nn.Module | None) -> "Injection":
+        """Return the part that goes into one module of the model; None is all."""
+        if module is None:
+            return self
+        inside = identities(structure(module))
+        plans = tuple(
+            plan._replace(sites=tuple(s for s in plan.sites if id(s.module()) in inside))
+            for plan in self.plans
+        )
+        adapters = tuple(
+            {key: adapter[key] for site in plan.sites for key in site.keys.values()}
+            for plan, adapter in zip(plans, self.adapters, strict=True)
+        )
+        return replace(self, plans=plans, adapters=adapters)
 
-    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
-        return dict, (dict(self),)
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the model while this is in it."""
+        return functional_call(
+            self.model, {**self.frozen}, tuple(args), {**kwargs}, tie_weights=False
+        )
+
+    def redo(
+        self,
+        tensors: Sequence[Tensor],
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Call a function while this, with other tensors, is in the model."""
+        values = iter(tensors)
+        adapters = tuple({key: next(values) for key in adapter} for adapter in self.adapters)
+        frozen = {f"model.{name}": parameter for name, parameter in self.frozen.items()}
+        with replace(self, adapters=adapters).inside():
+            part = _Part(self.model, function)
+            return functional_call(part, frozen, tuple(args), {**kwargs}, tie_weights=False)
+
+    def refuse_unused(self) -> None:
+        """Refuse leaves that had no part in the call.
+
+        Raises:
+            UnusedLeafError: If there is any.
+        """
+        keys = set().union(*filter(None, self.unused))
+        if keys:
+            raise UnusedLeafError(
+                f"{len(keys)} leaves had no part in this call, such as {min(keys)!r}: the model "
+                "skips the layer or reads its weight past it, or the variant has no such leaf; "
+                "leave them out of the adapter, or pass strict=False"
+            )
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Put this into the model, which afterwards is what it was, whatever happened."""
+        if torch.compiler.is_compiling():
+            with Put(self._slots()):
+                yield
+            return
+        with held(self.settings), Put(self._exclusive_slots()):
+            yield
+
+    def _exclusive_slots(self) -> Iterator[Slot]:
+        mine = object()
+        sites = frozenset(id(site.module()) for plan in self.plans for site in plan.sites)
+        modules = identities(self.plans[0].structure)
+        run = Run(sites, modules, self.origin, self, threading.get_ident())
+        yield running, mine, run
+        refuse_others(mine)
+        yield from self._slots()
+        if transformed():
+            yield from transformable(self.model)
+
+    def _slots(self) -> Iterator[Slot]:
+        for module, sites in self._sites_by_module():
+            slot, frozen = forward_slot(module), frozen_forward(module)
+            _refuse_replaced_forward(module, slot, sites)
+            forward = self._forward(module, frozen, sites)
+            if not torch.compiler.is_compiling():
+                setattr(forward, FROZEN, frozen)
+            yield vars(module), slot, forward
+        everywhere = [site for site in self.plans[0].sites if site.everywhere]
+        if everywhere and self.rows is None:
+            yield from parameter_slots(
+                uncompiled(self.model), everywhere, self.adapters[0], self.unused[0]
+            )
+
+    def _sites_by_module(self) -> Iterator[tuple[nn.Module, list[list[Site]]]]:
+        """The modules that run another forward, each with every adapter's sites there."""
+        found: dict[int, tuple[nn.Module, list[list[Site]]]] = {}
+        for i, plan in enumerate(self.plans):
+            for site in plan.sites:
+                module = site.module()
+                assert module is not None
+                if self.rows is not None or not site.everywhere:
+                    here = found.setdefault(id(module), (module, [[] for _ in self.plans]))
+                    here[1][i].append(site)
+        yield from found.values()
+
+    def _forward(
+        self, module: nn.Module, frozen: Forward, sites: Sequence[Sequence[Site]]
+    ) -> Forward:
+        named = {site.path: site.variant.name for here in sites for site in here}
+        paths, variants = ", ".join(named), ", ".join(dict.fromkeys(named.values()))
+        run: Forward
+        if self.rows is None:
+            leaves = [leaves_of(site, self.adapters[0], self.unused[0]) for site in sites[0]]
+            run = partial(run_sites, sites[0], module, frozen, leaves)
+        else:
+            keys = [[key for site in here for key in site.keys.values()] for here in sites]
+            parts = [
+                Part(size, here, {key: adapter[key] for key in of_it}, unread)
+                for size, here, of_it, adapter, unread in zip(
+                    self.rows.sizes, sites, keys, self.adapters, self.unused, strict=True
+                )
+            ]
+            run = folded_forward(paths, module, frozen, self.rows, parts)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except Exception as error:
+                error.add_note(f"in the {variants} adapter of {paths!r}")
+                raise
+
+        return forward
 
 
-@contextmanager
-def injected(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[set[str]]:
-    """Put an adapter into a model; afterwards the model is what it was, whatever happened.
+class _Part(nn.Module):
+    """A part of a model's call as a module, for functional_call."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def injection(
+    model: nn.Module,
+    adapters: Sequence[Mapping[str, Tensor]],
+    rows: Rows | None = None,
+    *,
+    detached: bool = True,
+) -> Injection:
+    """Prepare what goes into a model.
 
     Args:
         model: The model.
-        params: The adapter.
+        adapters: One adapter for all rows; with ``rows`` stacks of them.
+        rows: Whose rows are whose.
+        detached: Whether base parameters that require grad get none.
 
-    Yields:
-        The keys that nothing has read yet; while compiling always none.
+    Returns:
+        The injection, for the transforms that are active now.
 
     Raises:
-        KeyError: If a key names no module of the model or no variant.
-        TypeError: If a variant cannot adapt the module that a key names.
-        ValueError: If two variants name one module, or a leaf has not its parameter's shape.
-        RuntimeError: If activation checkpointing is on.
-        BusyModelError: If the model is already running with an adapter.
+        KeyError: If a key names no module or parameter of the model, or no variant.
+        TypeError: If a variant cannot adapt what a key names, or the user's own function stands
+            where an adapter must go.
+        ValueError: If two variants name one module.
+        RuntimeError: If the model cannot run under the transforms that are active.
     """
-    plan = plan_of(uncompiled(model), params)
-    if torch.compiler.is_compiling():
-        with Put(slot for site in plan.sites for slot in _slots(site, params, None)):
-            yield set()
-        return
-    _refuse_checkpointing(plan)
-    unused = {key for site in plan.sites for key in site.keys.values()}
-    with environment(plan.fast_path), Put(_all_slots(plan, params, unused)):
-        yield unused
-
-
-def _all_slots(plan: Plan, params: Mapping[str, Tensor], unused: set[str]) -> Iterator[Slot]:
-    mine = object()
-    sites = frozenset(id(site.module()) for site in plan.sites)
-    yield running, mine, Run(sites, identities(plan.structure))
-    refuse_others(mine)
-    for site in plan.sites:
-        yield from _slots(site, params, unused)
-
-
-def _slots(site: Site, params: Mapping[str, Tensor], unused: set[str] | None) -> Iterator[Slot]:
-    """What to write where for one site; with a set to strike the keys off that are read."""
-    module = site.module()
-    assert module is not None
-    leaves = {
-        leaf: params[key].detach() if leaf.startswith("_") else params[key]
-        for leaf, key in site.keys.items()
+    plans = tuple(plan_of(uncompiled(model), adapter) for adapter in adapters)
+    (plan, *_) = plans
+    refuse_untransformable(plan)
+    replaced = replaced_ids(site for p in plans for site in p.sites if site.everywhere)
+    frozen = {
+        name: parameter.detach()
+        for name, parameter in named_parameters(model)
+        if detached and parameter.requires_grad and id(parameter) not in replaced
     }
-    if site.variant.parameters is not None:
-        own: dict[str, Any] = module._parameters
-        replaced = site.variant.parameters(own, leaves)
-        _refuse_other_shapes(site, own, replaced)
-        if unused is None:
-            yield from ((own, name, tensor) for name, tensor in replaced.items())
-        else:
-            yield module.__dict__, "_parameters", _Watched(own | replaced, site.keys, unused)
-        return
-    if unused is not None:
-        leaves = _Watched(leaves, site.keys, unused)
-    yield module.__dict__, _slot_name(module, site), _adapted_forward(module, site, leaves)
+    if torch.compiler.is_compiling():
+        return Injection(model, plans, tuple(adapters), rows, (None,) * len(plans), frozen)
+    unused = tuple({key for site in p.sites for key in site.keys.values()} for p in plans)
+    settings = (intercepted, *settings_now(plan.fast_path))
+    return Injection(model, plans, tuple(adapters), rows, unused, frozen, settings, object())
 
 
-def _adapted_forward(
-    module: nn.Module, site: Site, leaves: Mapping[str, Tensor]
-) -> Callable[[Tensor], Tensor]:
-    apply = site.variant.apply
-
-    def forward(input: Tensor) -> Tensor:
-        try:
-            return apply(affine(module), leaves, input)
-        except Exception as error:
-            error.add_note(f"in the {site.variant.name} adapter of {site.path!r}")
-            raise
-
-    return forward
-
-
-def _slot_name(module: nn.Module, site: Site) -> str:
-    slot = forward_slot(module)
-    if slot == "forward" and slot in module.__dict__:
+def _refuse_replaced_forward(module: nn.Module, slot: str, sites: Sequence[Sequence[Site]]) -> None:
+    path = next(site.path for here in sites for site in here)
+    found = vars(module).get("forward")
+    if slot == "forward" and found is not None and not hasattr(found, FROZEN):
         raise TypeError(
-            f"{site.path}: its forward was replaced on the instance, by "
-            f"{module.__dict__['forward']!r}, which {site.variant.name} would bypass; remove that, "
-            "or leave the site out of the adapter"
+            f"{path}: its forward was replaced on the instance, by {found!r}, which the adapter "
+            "would bypass; remove that, or leave the site out of the adapter"
         )
-    return slot
-
-
-def _refuse_other_shapes(
-    site: Site, own: Mapping[str, Tensor], replaced: Mapping[str, Tensor]
-) -> None:
-    for name, tensor in replaced.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{site.keys[name]}: got shape {tuple(tensor.shape)}, the parameter has "
-                f"{tuple(own[name].shape)}; a stack of adapters goes through torch.vmap"
-            )
-
-
-def _refuse_checkpointing(plan: Plan) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for reference in plan.checkpointing:
-        module = reference()
-        if module is not None and module.gradient_checkpointing and module.training:
-            raise RuntimeError(
-                f"{type(module).__name__}: activation checkpointing is on, and would recompute the "
-                "layer without its adapter; call model.activation_checkpointing_disable() first"
-            )

@@ -21,6 +21,32 @@ def forward_slot(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
+def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
+    """Find what a path names.
+
+    Args:
+        model: The model.
+        path: Of a module or of a parameter.
+
+    Returns:
+        The module and None, or the module that holds the parameter and its name there.
+
+    Raises:
+        KeyError: If there is neither.
+    """
+    try:
+        return model.get_submodule(path), None
+    except AttributeError:
+        parent, _, name = path.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        module = None
+    if module is None or module._parameters.get(name) is None:
+        raise KeyError(f"the model has no module and no parameter {path!r}")
+    return module, name
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter of each module; a tied one at each of its places."""
     for path, module in model.named_modules():

@@ -1,34 +1,48 @@
 """What the keys of an adapter mean in a model: parsed once, then looked up."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from lora_func._keys import RANK, group
-from lora_func._modules import Structure, structure
-from lora_func._transforms import has_fast_path
+from lora_func._modules import Structure, place_of, structure
+from lora_func._transforms import has_fast_path, transformed
 from lora_func._types import Variant
-from lora_func._weight import is_linear
+from lora_func._weight import has_matrix, is_linear
 from lora_func.variants import by_name
 
 
 class Site(NamedTuple):
-    """An adapted module, as the keys of an adapter name it.
+    """An adapted module or parameter, as the keys of an adapter name it.
 
     Attributes:
-        path: The module's path.
-        module: The module, weakly, so that a cached plan keeps no model alive.
+        path: Its path.
+        module: The module, or the one that holds the parameter; weakly, so that a cached plan keeps
+            no model alive.
+        parameter: The parameter that gets an effective weight; None where the variant's ``apply``
+            runs in the module's place, or its ``parameters`` say which.
+        everywhere: Whether parameters are replaced for the whole call, wherever they are read, and
+            not while their module runs alone.
         variant: The variant at work there.
         keys: Leaf -> key in the adapter.
     """
 
     path: str
     module: Callable[[], nn.Module | None]
+    parameter: str | None
+    everywhere: bool
     variant: Variant
     keys: dict[str, str]
+
+    @property
+    def claims(self) -> set[str] | None:
+        """The parameters that nobody else may adapt; None for all of the module's."""
+        if self.variant.parameters is not None:
+            return {*self.keys}
+        return {self.parameter} if self.everywhere and self.parameter is not None else None
 
 
 class Plan(NamedTuple):
@@ -36,16 +50,21 @@ class Plan(NamedTuple):
 
     Attributes:
         structure: The modules of the model when the plan was made.
-        sites: The adapted modules.
-        checkpointing: The modules that can recompute their part of the model in the backward pass,
+        sites: The adapted modules and parameters.
+        checkpoints: The modules that can recompute their part of the model in the backward pass,
             weakly.
+        norms: The modules that can take statistics over the batch, weakly.
         fast_path: Whether the model has layers with a fused inference kernel.
+        folds: What the first fold of this layout with others showed: why they cannot share a call,
+            or None.
     """
 
     structure: Structure
     sites: tuple[Site, ...]
-    checkpointing: tuple[Callable[[], nn.Module | None], ...]
+    checkpoints: tuple[Callable[[], nn.Module | None], ...]
+    norms: tuple[Callable[[], nn.Module | None], ...]
     fast_path: bool
+    folds: dict[Any, str | None]
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Plan]] = WeakKeyDictionary()
@@ -62,8 +81,8 @@ def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
         The plan, made anew if a module of the model was replaced since.
 
     Raises:
-        KeyError: If a key names no module of the model or no variant.
-        TypeError: If a variant cannot adapt the module that a key names.
+        KeyError: If a key names no module or parameter of the model, or no variant.
+        TypeError: If a variant cannot adapt what a key names.
         ValueError: If two variants name one module.
     """
     if torch.compiler.is_compiling():
@@ -80,37 +99,91 @@ def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
     return plan
 
 
+def refuse_untransformable(plan: Plan) -> None:
+    """Refuse a model that cannot run under the transforms that are active.
+
+    Raises:
+        RuntimeError: If a BatchNorm is in training mode, or activations are checkpointed while
+            compiling.
+    """
+    if not transformed():
+        return
+    for norm in filter(None, (reference() for reference in plan.norms)):
+        if norm.training and norm.track_running_stats:
+            raise RuntimeError(
+                f"{type(norm).__name__}: in training mode it writes its running statistics, which "
+                "no transform of torch.func can; call eval() on it, as befits a frozen base"
+            )
+    if not torch.compiler.is_compiling():
+        return
+    for module in filter(None, (reference() for reference in plan.checkpoints)):
+        if module.gradient_checkpointing and module.training:
+            raise RuntimeError(
+                f"{type(module).__name__}: activation checkpointing under a compiled transform of "
+                "torch.func is beyond torch; compile without it, or differentiate by autograd"
+            )
+
+
 def _make_plan(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
-    sites: dict[int, Site] = {}
+    sites: dict[int, list[Site]] = {}
     for (path, variant_name), keys in group(params).items():
         keys.pop(RANK, None)
         site = _site(model, path, by_name(variant_name), keys)
-        module = site.module()
-        if id(module) in sites:
-            other = sites[id(module)]
-            raise ValueError(
-                f"{path}: adapted twice, by {other.variant.name} at {other.path!r} and by "
-                f"{variant_name}; a module takes one variant"
-            )
-        sites[id(module)] = site
-    checkpointing = tuple(ref(m) for m in model.modules() if hasattr(m, "gradient_checkpointing"))
-    return Plan(structure(model), tuple(sites.values()), checkpointing, has_fast_path(model))
+        others = sites.setdefault(id(site.module()), [])
+        _refuse_sharing(site, others)
+        others.append(site)
+    modules = [*model.modules()]
+    return Plan(
+        structure(model),
+        tuple(site for of_module in sites.values() for site in of_module),
+        tuple(ref(m) for m in modules if hasattr(m, "gradient_checkpointing")),
+        tuple(ref(m) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)),
+        has_fast_path(model),
+        {},
+    )
 
 
 def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -> Site:
     try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise KeyError(f"{next(iter(keys.values()))!r}: the model has no module {path!r}") from None
-    if variant.parameters is None and not is_linear(module):
-        raise TypeError(
-            f"{path}: {variant.name} adapts torch.nn.Linear and transformers' Conv1D, found "
-            f"{type(module).__name__}"
-        )
+        module, parameter = place_of(model, path)
+    except KeyError as error:
+        raise KeyError(f"{next(iter(keys.values()))!r}: {error.args[0]}") from None
     if variant.parameters is not None:
         for leaf in keys:
             if module._parameters.get(leaf) is None:
                 raise KeyError(
                     f"{keys[leaf]!r}: {type(module).__name__} {path!r} has no parameter {leaf!r}"
                 )
-    return Site(path, ref(module), variant, keys)
+        return Site(path, ref(module), None, True, variant, keys)
+    unread = _is_never_called(model, path)
+    if parameter is None and is_linear(module) and not unread:
+        return Site(path, ref(module), None, False, variant, keys)
+    if parameter is None and not has_matrix(module):
+        raise TypeError(
+            f"{path}: {variant.name} adapts torch.nn.Linear, transformers' Conv1D, convolutions, "
+            f"embeddings, and parameters by their own name; found {type(module).__name__}"
+        )
+    if variant.weight is None:
+        raise TypeError(
+            f"{path}: {variant.name} is not linear in x and has no weight to put there; it adapts "
+            "linear layers alone"
+        )
+    everywhere = parameter is not None or unread
+    return Site(path, ref(module), parameter or "weight", everywhere, variant, keys)
+
+
+def _is_never_called(model: nn.Module, path: str) -> bool:
+    """Whether torch reads the module's weight past it."""
+    parent, _, name = path.rpartition(".")
+    around, _ = place_of(model, parent)
+    return name == "out_proj" and isinstance(around, nn.MultiheadAttention)
+
+
+def _refuse_sharing(site: Site, others: Iterable[Site]) -> None:
+    for other in others:
+        mine, theirs = site.claims, other.claims
+        if mine is None or theirs is None or mine & theirs:
+            raise ValueError(
+                f"{site.path}: adapted twice, by {other.variant.name} at {other.path!r} and by "
+                f"{site.variant.name}; a module takes one variant"
+            )

@@ -1,12 +1,34 @@
 """One adapter at a time for each model: whoever runs the modules sees what was put into them."""
 
 import copy
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from lora_func._errors import BusyModelError
 from lora_func._modules import identities, structure
+
+
+class Work(Protocol):
+    """What is put into a model for a call, and can be put there again to repeat a part of it."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The adapter's tensors."""
+
+    def below(self, module: nn.Module | None) -> "Work":
+        """Return the part of the work that goes into one module of the model; None is all."""
+
+    def redo(
+        self,
+        tensors: Sequence[Tensor],
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Call a function while the work, with these tensors, is in the model."""
 
 
 class Run(NamedTuple):
@@ -15,18 +37,38 @@ class Run(NamedTuple):
     Attributes:
         sites: The ids of the adapted modules.
         modules: The ids of all modules of the model.
+        origin: Who runs; a repeated part of a call has the origin of the call.
+        work: What was put into the model, if it can be put there again.
+        thread: The thread in which it runs.
     """
 
     sites: frozenset[int]
     modules: frozenset[int]
+    origin: object
+    work: Work | None = None
+    thread: int = 0
 
     def disturbs(self, other: "Run") -> bool:
         """Tell whether either would see what the other put into the modules."""
+        if self.origin is other.origin:
+            return False
         return not (self.sites.isdisjoint(other.modules) and other.sites.isdisjoint(self.modules))
 
 
 running: dict[object, Run] = {}
 """The adapters at work in this process, in the order in which they began; by a token each."""
+
+
+def run_here() -> Run | None:
+    """Return the run that began last in this thread, if it can be repeated."""
+    here = threading.get_ident()
+    found = [run for run in [*running.values()] if run.work is not None and run.thread == here]
+    return found[-1] if found else None
+
+
+def is_running(origin: object) -> bool:
+    """Tell whether what an origin put into its model is there now."""
+    return any(run.origin is origin for run in [*running.values()])
 
 
 def refuse_others(mine: object) -> None:
@@ -67,7 +109,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         >>> lf.skeleton(model)[0].weight is model[0].weight
         True
     """
-    itself = Run(frozenset(), identities(structure(model)))
+    itself = Run(frozenset(), identities(structure(model)), None)
     if any(run.disturbs(itself) for run in [*running.values()]):
         raise BusyModelError(
             f"skeleton({type(model).__name__}): the model is running with an adapter, which the "

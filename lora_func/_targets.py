@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from lora_func._checks import as_tuple
 from lora_func._config import (
@@ -17,10 +16,11 @@ from lora_func._config import (
     ParameterConfig,
 )
 from lora_func._layers import layer_of, sites_in_layers
-from lora_func._modules import named_parameters, uncompiled
-from lora_func._patterns import first_match, kind, require_matches, some
+from lora_func._modules import named_parameters, place_of, uncompiled
+from lora_func._parameters import distinct_parameters, refuse_untrainable
+from lora_func._patterns import first_match, kind, require_matches
 from lora_func._roles import role_of
-from lora_func._weight import is_linear
+from lora_func._weight import has_matrix, is_linear, matrix
 from lora_func.variants import by_config
 
 _log = logging.getLogger("lora_func")
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     """One site that a config names.
 
     Attributes:
-        site: Path of the module, as ``named_modules()`` gives it.
+        site: Path of the module or of the parameter, as the model names it.
         pattern: The first pattern that matched.
         layer: Index of the layer it stands in, or None outside any stack of layers.
         parameters: Names of the module's own parameters that are trained themselves, if any.
@@ -79,10 +79,10 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         left out; the latter is logged as well.
 
     Raises:
-        TypeError: If cfg is no config of a registered variant, or a pattern names a linear layer
-            of a kind that cannot be adapted.
+        TypeError: If cfg is no config of a registered variant, or a pattern names what cannot be
+            adapted, or has no role where roles are asked for.
         ValueError: If a pattern, a layer index or a role matches nothing, no site is left, or a
-            parameter to train is tied to another.
+            parameter to train lies in the memory of another.
 
     Example:
         >>> import torch, lora_func as lf
@@ -97,8 +97,8 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         names = [name for name, _ in named_parameters(model)]
         sites = _trained_parameters(model, cfg)
     elif isinstance(cfg, LinearConfig):
-        names = [name for name, _ in model.named_modules()]
-        sites, left_out = _linear_modules(model, cfg)
+        names = [*dict(model.named_modules()), *dict(named_parameters(model))]
+        sites, left_out = _matrices(model, cfg)
     else:
         raise TypeError(
             f"{type(cfg).__name__} names no sites; derive it from LinearConfig or ParameterConfig"
@@ -112,37 +112,59 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     return Targets(tuple(sites), left_out)
 
 
-def _linear_modules(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Target], dict[str, str]]:
+def _matrices(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Target], dict[str, str]]:
     modules = dict(model.named_modules())
     linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear) or is_linear(m)}
+    adaptable = {path: m for path, m in modules.items() if path in linear or has_matrix(m)}
+    parameters = distinct_parameters(model, as_tuple(cfg.target_parameters))
     wanted, unwanted = as_tuple(cfg.target_modules), as_tuple(cfg.exclude_modules)
     patterns = [pattern for pattern in wanted if pattern != ALL_LINEAR]
     kinds = {path: f"a {kind(module)}" for path, module in modules.items() if path}
-    require_matches("target_modules", patterns, linear, kinds)
-    require_matches("exclude_modules", unwanted, linear, kinds)
+    require_matches("target_modules", patterns, adaptable, kinds)
+    require_matches("exclude_modules", unwanted, [*adaptable, *parameters], kinds)
 
     left_out = _not_for_all_linear(modules, linear) if ALL_LINEAR in wanted else {}
-    matched = []
-    for path in linear:
-        pattern = first_match(patterns, path)
-        if pattern is None and ALL_LINEAR in wanted and path not in left_out:
-            pattern = ALL_LINEAR
-        if pattern is not None and first_match(unwanted, path) is None:
-            matched.append(Target(path, pattern, layer_of(model, path)))
-    if not matched:
+    matched = {}
+    for path in adaptable:
+        matched[path] = first_match(patterns, path)
+        is_meant = path in linear and path not in left_out
+        if matched[path] is None and ALL_LINEAR in wanted and is_meant:
+            matched[path] = ALL_LINEAR
+    matched |= parameters
+    sites = [
+        Target(path, pattern, layer_of(model, path))
+        for path, pattern in matched.items()
+        if pattern is not None and first_match(unwanted, path) is None
+    ]
+    if not sites:
         raise ValueError(
             f"target_modules: {cfg.target_modules!r} less {cfg.exclude_modules!r} leaves none of "
             f"the model's {len(linear)} linear layers; left out: {left_out}"
         )
-    found = _of_layers(model, cfg, matched)
+    found = _of_layers(model, cfg, sites)
     for target in found:
-        if not is_linear(linear[target.site]):
-            raise TypeError(
-                f"{target.site}: {_foreign(linear[target.site])}; accepted are torch.nn.Linear and "
-                "transformers' Conv1D; leave it out with exclude_modules"
-            )
+        _refuse_unadaptable(model, target)
         left_out.pop(target.site, None)
     return _of_roles(model, cfg, found), left_out
+
+
+def _refuse_unadaptable(model: nn.Module, target: Target) -> None:
+    module, name = place_of(model, target.site)
+    if name is None and not has_matrix(module):
+        raise TypeError(
+            f"{target.site}: {_foreign(module)}; accepted are torch.nn.Linear, transformers' "
+            "Conv1D, convolutions and embeddings; leave it out with exclude_modules, or name its "
+            "weight with target_parameters"
+        )
+    if name is not None:
+        try:
+            W = matrix(module, dict(module.named_parameters(recurse=False)), name)
+        except TypeError as error:
+            raise TypeError(
+                f"{target.site}: {error}; accepted are parameters of two or three axes"
+            ) from None
+        if not W.weight.is_floating_point():
+            raise TypeError(f"{target.site}: {W.dtype} cannot be adapted; accepted are floats")
 
 
 def _not_for_all_linear(
@@ -187,6 +209,10 @@ def _of_roles(model: nn.Module, cfg: LinearConfig, found: Sequence[Target]) -> S
     wanted = set(as_tuple(cfg.target_roles))
     if not wanted:
         return found
+    for target in found:
+        module, name = place_of(model, target.site)
+        if name is not None or not is_linear(module):
+            raise TypeError(f"{target.site}: a {kind(module)} has no role; only linear layers have")
     roles = {target.site: role_of(model, target.site) for target in found}
     if missing := wanted - {*roles.values()}:
         raise ValueError(f"target_roles: no {sorted(missing)} among {roles}")
@@ -195,42 +221,15 @@ def _of_roles(model: nn.Module, cfg: LinearConfig, found: Sequence[Target]) -> S
 
 def _trained_parameters(model: nn.Module, cfg: ParameterConfig) -> Sequence[Target]:
     parameters = dict(named_parameters(model))
-    patterns = as_tuple(cfg.target_parameters)
-    require_matches("target_parameters", patterns, parameters, {})
     found: dict[str, Target] = {}
-    for name in parameters:
-        pattern = first_match(patterns, name)
-        if pattern is None:
-            continue
+    for name, pattern in distinct_parameters(model, as_tuple(cfg.target_parameters)).items():
         site, _, leaf = name.rpartition(".")
         target = found.get(site) or Target(site, pattern, layer_of(model, site))
         found[site] = target._replace(parameters=(*target.parameters, leaf))
     sites = _of_layers(model, cfg, [*found.values()])
     for name in [name for target in sites for name in target.names]:
-        _refuse_untrainable(name, parameters)
+        refuse_untrainable(name, parameters)
     return sites
-
-
-def _refuse_untrainable(name: str, parameters: Mapping[str, Tensor]) -> None:
-    parameter = parameters[name]
-    tied = [n for n, p in parameters.items() if n != name and _memory(p) == _memory(parameter)]
-    if tied:
-        raise ValueError(
-            f"{name}: tied to {some(tied)}, and training one of them would untie them; give each "
-            "module a parameter of its own first"
-        )
-    if not parameter.is_floating_point():
-        raise TypeError(f"{name}: {parameter.dtype} cannot be trained; accepted are floats")
-    if name.rpartition(".")[2].startswith("_"):
-        raise ValueError(
-            f"{name}: a leaf whose name starts with an underscore is a constant and is never "
-            "trained; rename the parameter"
-        )
-
-
-def _memory(parameter: Tensor) -> int:
-    no_data = parameter.is_meta or is_lazy(parameter) or not parameter.numel()
-    return id(parameter) if no_data else parameter.data_ptr()
 
 
 def _of_layers(model: nn.Module, cfg: AdapterConfig, found: Sequence[Target]) -> Sequence[Target]:

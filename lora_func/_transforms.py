@@ -2,7 +2,8 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_func._slots import Slot
 
-class _WhileNeeded:
+
+class WhileNeeded:
     """A process-wide setting, in force while a call needs it; calls of threads may overlap."""
 
     def __init__(self, setting: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -60,9 +63,9 @@ def _no_attention_fast_path() -> Iterator[None]:
 
 
 # fused attention has no batching rule for its backward, no forward mode, no second derivative
-_differentiable_attention = _WhileNeeded(lambda: sdpa_kernel(SDPBackend.MATH))
-_unpeeked_masks = _WhileNeeded(_no_mask_peeking)
-_called_attention_parts = _WhileNeeded(_no_attention_fast_path)
+_differentiable_attention = WhileNeeded(lambda: sdpa_kernel(SDPBackend.MATH))
+_unpeeked_masks = WhileNeeded(_no_mask_peeking)
+_called_attention_parts = WhileNeeded(_no_attention_fast_path)
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
@@ -72,31 +75,79 @@ def has_fast_path(model: nn.Module) -> bool:
     return any(isinstance(module, _FUSED) for module in model.modules())
 
 
-@contextmanager
-def environment(fast_path: bool) -> Iterator[None]:
-    """Hold what the transforms that are active now need.
+def settings_now(fast_path: bool) -> tuple[WhileNeeded, ...]:
+    """Return what the transforms that are active now need.
 
     Args:
         fast_path: Whether the model has layers with a fused inference kernel.
     """
-    kinds = _active_transforms()
-    vmapped = "Vmap" in kinds
-    with ExitStack() as held:
-        if vmapped or _in_forward_mode() or kinds.count("Grad") > 1:
-            held.enter_context(_differentiable_attention)
-        if vmapped:
-            held.enter_context(_unpeeked_masks)
-        if fast_path:
-            held.enter_context(_called_attention_parts)
+    settings = []
+    if needs_math():
+        settings.append(_differentiable_attention)
+    if "Vmap" in active_transforms():
+        settings.append(_unpeeked_masks)
+    if fast_path:
+        settings.append(_called_attention_parts)
+    return tuple(settings)
+
+
+@contextmanager
+def held(settings: Iterable[WhileNeeded]) -> Iterator[None]:
+    """Keep settings in force."""
+    with ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(setting)
         yield
 
 
-def _in_forward_mode() -> bool:
+def needs_math() -> bool:
+    """Tell whether a transform is active that fused kernels have no rule for."""
+    kinds = active_transforms()
+    return "Vmap" in kinds or in_forward_mode() or kinds.count("Grad") > 1
+
+
+def in_forward_mode() -> bool:
     """Whether a jvp is running, by torch.func or by torch.autograd.forward_ad."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _active_transforms() -> list[str]:
+def active_transforms() -> list[str]:
     """The kinds of transforms around this call, outermost first: "Grad", "Vmap", "Jvp"..."""
     stack = torch._C._functorch.get_interpreter_stack()
     return [] if stack is None else [level.key().name for level in stack]
+
+
+def transformed() -> bool:
+    """Whether any transform is active, also while compiling."""
+    return bool(active_transforms()) or in_forward_mode()
+
+
+# torch.compiler.assume_constant_result, which would import the compiler
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def transformable(model: nn.Module) -> Iterator[Slot]:
+    """Say what to write where so that transforms can go through a model.
+
+    Args:
+        model: The model. Without transformers' hooks that make the inputs of a checkpointed model
+            require grad; its experts, if needed, in the form that has all rules.
+
+    Yields:
+        Slots.
+    """
+    math = needs_math()
+    for module in model.modules():
+        hooks = {k: hook for k, hook in module._forward_hooks.items() if not _requires_grad(hook)}
+        if len(hooks) < len(module._forward_hooks):
+            yield vars(module), "_forward_hooks", OrderedDict(hooks)
+        config = getattr(module, "config", None)
+        if math and getattr(config, _EXPERTS, None) not in (None, "batched_mm"):
+            yield vars(config), _EXPERTS, "batched_mm"
+
+
+_EXPERTS = "_experts_implementation_internal"
+
+
+def _requires_grad(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__name__", "") == "make_inputs_require_grads"

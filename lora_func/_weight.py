@@ -4,10 +4,12 @@ Everything else sees a frozen layer as the affine map ``x -> x Wᵀ + b`` with `
 d_in) and reads it through :func:`linear` and :func:`dense` alone.
 """
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, device, dtype, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
 class Affine(NamedTuple):
@@ -100,6 +102,82 @@ def affine(module: nn.Module) -> Affine:
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
     return Affine(weight if isinstance(module, nn.Linear) else weight.T, bias)
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Tell whether a module's weight is a matrix that a variant can change.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True for what ``is_linear`` accepts, for convolutions (not transposed ones) and embeddings.
+    """
+    return is_linear(module) or _is_convolution(module) or isinstance(module, nn.Embedding)
+
+
+def matrix(module: nn.Module, own: Mapping[str, Tensor], name: str = "weight") -> Affine:
+    """Read a parameter as the matrix of an affine map, with its bias where it has one.
+
+    A convolution of shape (d_out, c, ...) is the matrix (d_out, c * ...), an embedding of shape
+    (n, d) the matrix (d, n) that a one-hot row goes through. Three axes that are no convolution
+    are a stack of matrices (n, d_out, d_in), such as the experts of a mixture.
+
+    Args:
+        module: Any module.
+        own: Its parameters.
+        name: Which of them.
+
+    Returns:
+        The weight, with a first axis more if it is a stack, and the bias.
+
+    Raises:
+        TypeError: If the parameter is no matrix.
+    """
+    found = own[name]
+    if _is_convolution(module) and name == "weight":
+        found = found.flatten(1)
+    elif found.ndim not in (2, 3):
+        raise TypeError(f"{name!r} has shape {tuple(found.shape)} and is no matrix")
+    beside = bias_name(own, name)
+    bias = None if beside is None else own[beside]
+    return Affine(found.mT if _is_transposed(module, name, found) else found, bias)
+
+
+def stored(module: nn.Module, own: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
+    """Give what ``matrix`` read back the layout in which the module keeps it."""
+    found = weight.mT if _is_transposed(module, name, weight) else weight
+    return found.reshape(own[name].shape)
+
+
+def is_stack(W: object) -> bool:
+    """Tell whether this is a stack of matrices, as ``matrix`` reads it."""
+    return isinstance(W, Affine) and W.weight.ndim == 3
+
+
+def matrices(W: Any) -> list[Any]:
+    """Return the matrices of a stack, each with its bias; of anything else a list of that."""
+    if not is_stack(W):
+        return [W]
+    biases = [None] * len(W.weight) if W.bias is None else W.bias
+    return [Affine(weight, bias) for weight, bias in zip(W.weight, biases, strict=True)]
+
+
+def bias_name(own: Mapping[str, Tensor], name: str) -> str | None:
+    """Name the parameter, possibly None, that is added to what a weight gives."""
+    beside = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
+    return beside if beside in own else None
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+
+
+def _is_transposed(module: nn.Module, name: str, weight: Tensor) -> bool:
+    if isinstance(module, nn.Embedding) or _is_conv1d(module):
+        return name == "weight"
+    # how transformers' experts say that theirs are (n, d_in, d_out)
+    return weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
 
 
 def _is_conv1d(module: nn.Module) -> bool:

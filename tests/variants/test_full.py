@@ -78,18 +78,34 @@ def test_a_dtype_that_cannot_hold_the_parameter_is_refused():
         lf.init(model, lf.Full(target_parameters="weight"))
 
 
-def test_tied_parameters_are_refused():
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
-    model["head"].weight = model["embed"].weight
-    for name, other in (("embed", "head"), ("head", "embed")):
-        with pytest.raises(ValueError, match=rf"{name}\.weight: tied to {other}\.weight"):
-            lf.init(model, lf.Full(target_parameters=rf"{name}\.weight"))
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
 
 
-def test_parameters_over_the_same_memory_are_tied():
+@pytest.mark.parametrize("pattern", [r"embed\.weight", r"head\.weight", "weight"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_tied_parameter_is_trained_in_all_its_places(pattern, frozen):
+    model, ids = Tied().requires_grad_(not frozen), torch.arange(5)
+    params = lf.init(model, lf.Full(target_parameters=pattern))
+    (key,) = params
+    moved = (params[key] + torch.randn(5, 4)).detach().requires_grad_()
+    expected = moved @ moved.T + model.head.bias
+    y = lf.fcall(model, {key: moved}, ids)
+    torch.testing.assert_close(y, expected)
+    ours, theirs = (torch.autograd.grad(z.square().sum(), moved) for z in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_parameters_over_the_same_memory_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(model[0].weight.T)
-    with pytest.raises(ValueError, match=r"1\.weight: tied to 0\.weight"):
+    with pytest.raises(ValueError, match=r"1\.weight: shares its memory with 0\.weight"):
         lf.init(model, lf.Full(target_parameters=r"1\.weight"))
 
 

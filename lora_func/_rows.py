@@ -1,0 +1,120 @@
+"""K adapters in one call: the rows of the batch belong to one adapter after another."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lora_func._errors import FoldError
+from lora_func._plan import Site
+from lora_func._sites import Forward, leaves_of, run_sites, runs_apply
+
+
+class Rows(NamedTuple):
+    """Whose rows are whose.
+
+    Attributes:
+        sizes: The number of adapters in each stack.
+        batch: The number of rows of each adapter.
+    """
+
+    sizes: tuple[int, ...]
+    batch: int
+
+    @property
+    def adapters(self) -> int:
+        """The number of adapters."""
+        return sum(self.sizes)
+
+
+class Part(NamedTuple):
+    """What one stack does at a module.
+
+    Attributes:
+        size: The number of its adapters.
+        sites: Its sites there; none if it leaves the module as it is.
+        params: What it has there, (size, ...) each.
+        unused: Its keys, of which those here are struck off when the module runs.
+    """
+
+    size: int
+    sites: Sequence[Site]
+    params: Mapping[str, Tensor]
+    unused: set[str] | None
+
+
+def folded_forward(
+    path: str, module: nn.Module, frozen: Forward, rows: Rows, parts: Sequence[Part]
+) -> Forward:
+    """Make the forward of a module that several adapters share.
+
+    Args:
+        path: The module's path, for messages.
+        module: The module.
+        frozen: Its own forward.
+        rows: Whose rows are whose.
+        parts: What each stack does there.
+
+    Returns:
+        A function of what the module is called with, all tensors of which have their rows first.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        values, layout = tree_flatten((args, kwargs))
+        places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
+        share = _rows_of_one(path, [values[i] for i in places], rows)
+        sizes = [part.size * share for part in parts]
+        pieces = {i: values[i].split(sizes) for i in places}
+        outputs = []
+        for j, part in enumerate(parts):
+            mine = [pieces[i][j] if i in pieces else value for i, value in enumerate(values)]
+            outputs.append(_run_part(part, module, frozen, share, mine, layout))
+        return outputs[0] if len(outputs) == 1 else tree_map(_joined, *outputs)
+
+    return forward
+
+
+def _rows_of_one(path: str, tensors: Sequence[Tensor], rows: Rows) -> int:
+    counts = {tensor.shape[0] for tensor in tensors}
+    count = next(iter(counts), 1)
+    if len(counts) != 1 or count % max(rows.adapters * rows.batch, 1):
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise FoldError(
+            f"{path}: its inputs have shapes {shapes}; to be shared by {rows.adapters} adapters of "
+            f"{rows.batch} rows, each must have a multiple of {rows.adapters * rows.batch} rows on "
+            "its first axis"
+        )
+    return count // rows.adapters
+
+
+def _run_part(
+    part: Part, module: nn.Module, frozen: Forward, share: int, values: list[Any], layout: Any
+) -> Any:
+    if not part.sites:
+        args, kwargs = tree_unflatten(values, layout)
+        return frozen(*args, **kwargs)
+
+    def one(params: Mapping[str, Tensor], *values: Any) -> Any:
+        args, kwargs = tree_unflatten([*values], layout)
+        leaves = [leaves_of(site, params) for site in part.sites]
+        return run_sites(part.sites, module, frozen, leaves, *args, **kwargs)
+
+    if part.unused is not None:
+        part.unused.difference_update(part.params)
+    if runs_apply(part.sites, module):
+        (x,) = values
+        y = torch.vmap(one, randomness="different")(part.params, x.unflatten(0, (part.size, share)))
+        assert isinstance(y, Tensor)
+        return y.flatten(0, 1)
+    outputs = []
+    for k in range(part.size):
+        rows = slice(k * share, (k + 1) * share)
+        mine = [v[rows] if isinstance(v, Tensor) and v.ndim else v for v in values]
+        outputs.append(one({key: stack[k] for key, stack in part.params.items()}, *mine))
+    return outputs[0] if len(outputs) == 1 else tree_map(_joined, *outputs)
+
+
+def _joined(*pieces: Any) -> Any:
+    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else pieces[0]

@@ -1,0 +1,308 @@
+"""Activation checkpointing: the gradients of the plain run, under every transform."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+
+import lora_func as lf
+from tests.models import batch_for, make, scramble
+from tests.test_call import assert_same, snapshot
+
+FAMILIES = ["qwen3", "gpt2", "bert"]
+EACH_MODEL = pytest.mark.parametrize("family", FAMILIES)
+OVER_ADAPTERS = (None, 0, None)
+
+
+class Block(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.dropout(self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+class Checkpointed(nn.Module):
+    """Blocks, recomputed in one of the ways in which people write it."""
+
+    def __init__(self, how, dropout=0.0):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(3))
+        self.how = how
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.how(block, x)
+        return x.square().mean()
+
+
+WAYS = {
+    "module": lambda block, x: checkpoint(block, x, use_reentrant=False),
+    "method": lambda block, x: checkpoint(block.forward, x, use_reentrant=False),
+    "keyword": lambda block, x: checkpoint(block, x, scale=1.0, use_reentrant=False),
+    "lambda": lambda block, x: checkpoint(lambda y: block(y), x, use_reentrant=False),
+    "closure": lambda block, x: checkpoint(lambda: block(x), use_reentrant=False),
+    "nested": lambda block, x: checkpoint(
+        lambda y: checkpoint(block, y, use_reentrant=False), x, use_reentrant=False
+    ),
+    "sequential": lambda block, x: checkpoint_sequential([block, block], 2, x, use_reentrant=False),
+}
+
+
+def once(block, x):
+    return block(x)
+
+
+def twice(block, x):
+    return block(block(x))
+
+
+EACH_WAY = pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+
+
+def own_model(how, requires_grad=False, dropout=0.0):
+    torch.manual_seed(0)
+    return Checkpointed(how, dropout).requires_grad_(requires_grad)
+
+
+CONFIGS = [
+    lf.LoRA(r=2, target_modules="up|down"),
+    lf.Full(target_parameters=r"norm\."),
+]
+
+
+def adapter(model, seed=0):
+    return scramble(lf.init(model, CONFIGS, seed=seed), seed)
+
+
+def gradients(model, params, batch):
+    trained = lf.partition(params)[0]
+    loss = lf.fcall(model, params, batch)
+    return dict(zip(trained, torch.autograd.grad(loss, [*trained.values()]), strict=True))
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@EACH_WAY
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "requires grad"])
+def test_torchs_checkpoint(how, requires_grad):
+    model, x = own_model(how, requires_grad), torch.randn(4, 8)
+    params = adapter(model)
+    without = own_model(twice if how is WAYS["sequential"] else once)
+    before = snapshot(model)
+    same(gradients(model, params, x), gradients(without, params, x))
+    assert_same(before, model)
+
+
+@EACH_WAY
+def test_torchs_checkpoint_under_transforms(how):
+    model, x = own_model(how), torch.randn(4, 8)
+    without = own_model(twice if how is WAYS["sequential"] else once)
+    assert_transforms_agree(model, without, adapter, x)
+
+
+def assert_transforms_agree(model, without, adapter, batch):
+    """Every transform of a call that recomputes, against those of one that does not."""
+    adapters = [{k: v.detach() for k, v in adapter(model, seed).items()} for seed in range(2)]
+    stacked = lf.stack(adapters)
+    trained, constants = lf.partition(adapters[0])
+    tangent = {k: torch.randn_like(v) for k, v in trained.items()}
+
+    def results(model):
+        def loss(leaves):
+            return lf.fcall(model, {**leaves, **constants}, batch)
+
+        gradient = torch.func.grad(loss)
+        over = torch.vmap(lf.fcall, OVER_ADAPTERS)
+        leaves = {k: v.clone().requires_grad_(k in trained) for k, v in stacked.items()}
+        losses = over(model, leaves, batch)
+        return {
+            "grad": gradient(trained),
+            "vmap": losses.detach(),
+            "autograd of vmap": torch.autograd.grad(losses.sum(), [leaves[k] for k in trained]),
+            "vmap of grad": torch.vmap(torch.func.grad(lf.fcall, argnums=1), OVER_ADAPTERS)(
+                model, stacked, batch
+            ),
+            "jvp": torch.func.jvp(loss, (trained,), (tangent,)),
+            "forward over reverse": torch.func.jvp(gradient, (trained,), (tangent,)),
+            "reverse over reverse": torch.func.grad(
+                lambda leaves: sum((g * tangent[k]).sum() for k, g in gradient(leaves).items())
+            )(trained),
+        }
+
+    ours, theirs = results(model), results(without)
+    for name, result in theirs.items():
+        torch.testing.assert_close(
+            ours[name], result, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def hugging_face(family, dropout=False):
+    model = make(family).requires_grad_(False).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not dropout:
+            module.p = 0.0
+    return model
+
+
+def on_all(model, seed=0):
+    return scramble(lf.init(model, lf.LoRA(r=2), seed=seed), seed)
+
+
+@EACH_MODEL
+def test_hugging_face(family):
+    model = hugging_face(family)
+    without = copy.deepcopy(model)
+    model.activation_checkpointing_enable()
+    batch, params = batch_for(model), on_all(model)
+    before = snapshot(model)
+    same(gradients(model, params, batch), gradients(without, params, batch))
+    assert_same(before, model)
+
+
+@EACH_MODEL
+@pytest.mark.slow
+def test_hugging_face_under_transforms(family):
+    model = hugging_face(family)
+    without = copy.deepcopy(model)
+    model.activation_checkpointing_enable()
+    assert_transforms_agree(model, without, on_all, batch_for(model))
+
+
+def test_the_old_name():
+    model = hugging_face("qwen3")
+    with pytest.warns(FutureWarning, match="activation_checkpointing_enable"):
+        model.gradient_checkpointing_enable()
+    batch, params = batch_for(model), on_all(model)
+    ours = gradients(model, params, batch)
+    model.activation_checkpointing_disable()
+    same(ours, gradients(model, params, batch))
+
+
+class Counted(Block):
+    calls = 0
+
+    def forward(self, x, scale=1.0):
+        type(self).calls += 1
+        return super().forward(x, scale)
+
+
+@pytest.mark.parametrize("functional", [False, True], ids=["autograd", "torch.func"])
+def test_the_block_is_computed_again(functional):
+    model, x = own_model(WAYS["module"]), torch.randn(4, 8)
+    model.blocks = nn.ModuleList(Counted() for _ in range(3)).requires_grad_(False)
+    params = lf.init(model, lf.LoRA(r=2, target_modules="up"))
+    Counted.calls = 0
+    if functional:
+        torch.func.grad(lf.fcall, argnums=1)(model, params, x)
+    else:
+        lf.fcall(model, params, x).backward()
+    assert Counted.calls == 6
+
+
+@EACH_MODEL
+def test_dropout_is_reproduced(family):
+    model = hugging_face(family, dropout=True)
+    without, batch, params = copy.deepcopy(model), batch_for(model), on_all(model)
+    model.activation_checkpointing_enable()
+    stacked = lf.stack([params, on_all(model, seed=1)])
+    over = torch.vmap(torch.func.grad(lf.fcall, argnums=1), OVER_ADAPTERS, randomness="different")
+    for function, adapter in (
+        (gradients, params),
+        (torch.func.grad(lf.fcall, argnums=1), params),
+        (over, stacked),
+    ):
+        results = []
+        for one in (model, without):
+            torch.manual_seed(3)
+            results.append((function(one, adapter, batch), torch.rand(1)))
+        same(*results)
+
+
+def test_autocast_is_reproduced():
+    batch, params = torch.randn(4, 8), adapter(own_model(once))
+    for function in (gradients, torch.func.grad(lf.fcall, argnums=1)):
+        results = []
+        for how in (WAYS["module"], once):
+            with torch.autocast("cpu", torch.bfloat16):
+                results.append(function(own_model(how), params, batch))
+        same(*results)
+
+
+def test_backward_in_any_order_and_twice():
+    model, without = own_model(WAYS["module"]), own_model(once)
+    adapters, x = [adapter(model, seed) for seed in range(2)], torch.randn(4, 8)
+    losses = [lf.fcall(model, one, x) for one in adapters]
+    for one, loss in reversed([*zip(adapters, losses, strict=True)]):
+        trained = lf.partition(one)[0]
+        leaves = [*trained.values()]
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(loss, leaves)
+        same(first, again)
+        same(dict(zip(trained, first, strict=True)), gradients(without, one, x))
+
+
+def test_backward_inside_the_block_and_inside_that_of_another():
+    model, without = own_model(WAYS["module"]), own_model(once)
+    params, other, x = adapter(model), adapter(model, 1), torch.randn(4, 8)
+    leaves = [*lf.partition(params)[0].values()]
+    expected = [*gradients(without, params, x).values()]
+    with lf.adapted(model, params):
+        same([*torch.autograd.grad(model(x), leaves)], expected)
+    loss = lf.fcall(model, params, x)
+    with lf.adapted(model, other), pytest.raises(lf.BusyModelError):
+        torch.autograd.grad(loss, leaves, retain_graph=True)
+    same([*torch.autograd.grad(loss, leaves)], expected)
+
+
+def test_a_model_without_adapter_is_left_to_torch():
+    one, other, x = own_model(WAYS["module"]), own_model(WAYS["module"], True), torch.randn(4, 8)
+    with lf.adapted(one, adapter(one)):
+        other(x).backward()
+    expected = own_model(once, True)
+    expected(x).backward()
+    same(other.blocks[0].up.weight.grad, expected.blocks[0].up.weight.grad)
+
+
+def test_what_is_refused():
+    x = torch.randn(4, 8)
+    model = own_model(lambda block, x: checkpoint(block, x, use_reentrant=True))
+    params = adapter(model)
+    with pytest.raises(RuntimeError, match=r"use_reentrant=True.*no gradient; pass use_reentrant"):
+        lf.fcall(model, params, x)
+    selective = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    model = own_model(
+        lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=selective)
+    )
+    same(gradients(model, params, x), gradients(own_model(once), params, x))
+    with pytest.raises(RuntimeError, match="leave context_fn out"):
+        torch.func.grad(lf.fcall, argnums=1)(model, params, x)
+
+
+def test_compiled():
+    model = hugging_face("qwen3")
+    without = copy.deepcopy(model)
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()
+    batch, params = batch_for(model), on_all(model)
+    torch._dynamo.reset()
+    trained = [*lf.partition(params)[0].values()]
+    loss = torch.compile(lf.fcall, fullgraph=True, backend="aot_eager")(model, params, batch)
+    same([*torch.autograd.grad(loss, trained)], [*gradients(without, params, batch).values()])
+    gradient = torch.compile(
+        torch.func.grad(lf.fcall, argnums=1), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="beyond torch; compile without it"):
+        gradient(model, params, batch)
+    same(gradients(model, params, batch), gradients(without, params, batch))
