@@ -11,12 +11,13 @@ from lora_func._config import (
     ParameterConfig,
     RankConfig,
 )
-from lora_func._errors import BusyModelError, UnusedLeafError
+from lora_func._errors import BusyModelError, FoldError, UnusedLeafError
 from lora_func._init import init
 from lora_func._keys import partition
 from lora_func._running import skeleton
 from lora_func._stack import stack, unstack
 from lora_func._summary import summary
+from lora_func._sweep import clip_grad_norm, vcall
 from lora_func._targets import find_targets
 from lora_func._types import Params, Variant
 from lora_func._weight import Affine, Weight, dense, linear
@@ -54,6 +55,7 @@ __all__ = [
     "BusyModelError",
     "DeLoRA",
     "DoRA",
+    "FoldError",
     "Full",
     "LinearConfig",
     "LoRA",
@@ -69,6 +71,7 @@ __all__ = [
     "VeRA",
     "Weight",
     "adapted",
+    "clip_grad_norm",
     "dense",
     "fcall",
     "find_targets",
@@ -80,4 +83,5 @@ __all__ = [
     "stack",
     "summary",
     "unstack",
+    "vcall",
 ]

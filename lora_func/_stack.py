@@ -83,12 +83,6 @@ def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
         >>> [adapter[".lora.A"].shape[0] for adapter in lf.unstack(stacked)]
         [1, 3]
     """
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in stacked.values()}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(
-            f"stacked: leaves have first axes {sizes}, expected one size; is this a single adapter?"
-        )
-    (size,) = sizes
     ranks = {key: stacked.get(str(parse(key)._replace(leaf=RANK))) for key in stacked}
     return [
         {
@@ -96,8 +90,23 @@ def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
             for key, leaf in stacked.items()
             if parse(key).leaf != RANK
         }
-        for i in range(size or 0)
+        for i in range(size_of(stacked))
     ]
+
+
+def size_of(stacked: Mapping[str, Tensor]) -> int:
+    """Return the number of adapters in a stack.
+
+    Raises:
+        ValueError: If the leaves have no common first axis.
+    """
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in stacked.values()}
+    size = next(iter(sizes), None)
+    if len(sizes) != 1 or size is None:
+        raise ValueError(
+            f"stacked: leaves have first axes {sizes}, expected one size; is this a single adapter?"
+        )
+    return size
 
 
 def _refuse_other_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:

@@ -18,15 +18,19 @@ LAYERS = [
     {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch"},
     {"_config", "_padding"},
     {"_types"},
-    {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers", "_running"},
-    {"_moments", "_low_rank", "_calibrate"},
+    {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers", "_running", "_remat"},
+    {"_moments", "_low_rank", "_calibrate", "_checkpoint", "_parameters"},
     {f"variants.{file.stem}" for file in PACKAGE.glob("variants/[!_]*.py")}
     | {"variants._template"},
     {"variants"},
     {"_targets", "_plan"},
     {"_init", "_stack", "_summary"},
+    {"_sites"},
+    {"_rows"},
     {"_inject"},
-    {"_call"},
+    {"_call", "_fold"},
+    {"_proof"},
+    {"_sweep"},
     {""},
 ]
 

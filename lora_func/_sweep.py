@@ -1,0 +1,193 @@
+"""Sweeps: K adapters in one call of one frozen model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lora_func._batch import LossFn
+from lora_func._call import fcall
+from lora_func._checks import check_choice, check_count, check_number
+from lora_func._errors import FoldError
+from lora_func._fold import batch_of, joined, results
+from lora_func._keys import partition
+from lora_func._proof import fold, require_proof
+from lora_func._stack import size_of
+from lora_func._types import Params
+
+Stack: TypeAlias = Mapping[str, Tensor]
+
+
+def vcall(
+    model: nn.Module,
+    stacked: Stack | Sequence[Stack],
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    batched: bool = False,
+    chunk: int | None = None,
+    check: Literal["first", "never"] = "first",
+    fallback: Literal["raise", "loop"] = "raise",
+    strict: bool = True,
+) -> Any:
+    """Call a frozen model with K adapters at once.
+
+    It means ``torch.vmap(fcall, in_dims=(None, 0, None))`` and gives the same numbers, but folds
+    the adapters into the rows of the batch: the base runs once on K times the rows, untransformed,
+    and only the adapters themselves are batched. So fused attention, padding masks, checkpointing
+    and dropout (of its own for each adapter) work as in a plain call.
+
+    The losses are independent: take gradients of their sum, never of their mean.
+
+    Args:
+        model: The model. Its rows must not depend on each other.
+        stacked: What ``stack`` made; or several stacks, of whatever variants, whose adapters come
+            one after another.
+        batch: As for ``fcall``, with the rows on the first axis of every tensor; a tensor with one
+            row is for all.
+        loss_fn: Called as ``loss_fn(output, batch)`` for each adapter, with what the model would
+            have given for it alone.
+        batched: Whether each adapter has a batch of its own: tensors (K, rows, ...).
+        chunk: How many adapters to run at a time, to save memory; None for all.
+        check: "first": compare the first call of a model with adapters of these keys with solo
+            runs, of the first and the last adapter of each stack, in eval mode, with random
+            leaves. "never": trust that the model keeps its rows apart.
+        fallback: What to do where the adapters cannot share a call: "raise", or "loop" over them.
+        strict: As for ``fcall``.
+
+    Returns:
+        For each adapter what ``fcall`` returns for it alone, stacked: losses (K,); outputs with an
+        axis K in front where there is neither a loss nor a loss_fn.
+
+    Raises:
+        FoldError: If the adapters cannot share a call, because the model mixes rows, reads an
+            adapted parameter past its module, or has rows elsewhere than on the first axis.
+        ValueError: If stacked is no stack, or chunk is less than 1.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> loras = lf.stack([lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(3)])
+        >>> gains = lf.stack([lf.init(model, lf.IA3())])
+        >>> losses = lf.vcall(
+        ...     model, [loras, gains], torch.ones(5, 4), loss_fn=lambda y, x: y.square().mean()
+        ... )
+        >>> losses.shape
+        torch.Size([4])
+    """
+    check_choice("check", check, ("first", "never"))
+    check_choice("fallback", fallback, ("raise", "loop"))
+    if chunk is not None:
+        check_count("chunk", chunk)
+    stacks = [stacked] if isinstance(stacked, Mapping) else [*stacked]
+    pieces = []
+    for share in _shares(stacks, chunk):
+        mine = batch_of(batch, batched, share.place)
+        try:
+            piece = _together(model, share, mine, loss_fn, batched, check, strict)
+        except FoldError:
+            if fallback == "raise":
+                raise
+            piece = _one_by_one(model, share, mine, loss_fn, batched, strict)
+        pieces.append(piece)
+    return joined(pieces)
+
+
+class _Share(NamedTuple):
+    """Adapters that run together.
+
+    Attributes:
+        stacks: Them.
+        sizes: The number of adapters in each stack.
+        place: Where they stand among all.
+    """
+
+    stacks: Sequence[Stack]
+    sizes: tuple[int, ...]
+    place: slice
+
+    def adapters(self) -> Iterator[Params]:
+        """Each of them."""
+        for stack, size in zip(self.stacks, self.sizes, strict=True):
+            yield from ({key: leaf[k] for key, leaf in stack.items()} for k in range(size))
+
+
+def _shares(stacks: Sequence[Stack], chunk: int | None) -> Iterator[_Share]:
+    sizes = [size_of(stack) for stack in stacks]
+    if not sum(sizes):
+        raise ValueError("stacked: got no adapter")
+    if chunk is None or sum(sizes) <= chunk:
+        yield _Share(stacks, tuple(sizes), slice(0, sum(sizes)))
+        return
+    for start in range(0, sum(sizes), chunk):
+        stop, first, cut = min(start + chunk, sum(sizes)), 0, []
+        for stack, size in zip(stacks, sizes, strict=True):
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                cut.append({key: leaf[low:high] for key, leaf in stack.items()})
+            first += size
+        yield _Share(cut, tuple(map(size_of, cut)), slice(start, stop))
+
+
+def _together(
+    model: nn.Module,
+    share: _Share,
+    batch: Any,
+    loss_fn: LossFn | None,
+    batched: bool,
+    check: str,
+    strict: bool,
+) -> Any:
+    count = sum(share.sizes)
+    if check == "first" and count > 1 and not torch.compiler.is_compiling():
+        require_proof(model, share.stacks, share.sizes, batch, batched, strict)
+    output = fold(model, share.stacks, share.sizes, batch, batched, strict)
+    return results(output, batch, count, batched, loss_fn)
+
+
+def _one_by_one(
+    model: nn.Module,
+    share: _Share,
+    batch: Any,
+    loss_fn: LossFn | None,
+    batched: bool,
+    strict: bool,
+) -> Any:
+    each = [
+        fcall(model, adapter, batch_of(batch, batched, k), loss_fn=loss_fn, strict=strict)
+        for k, adapter in enumerate(share.adapters())
+    ]
+    return tree_map(lambda *values: torch.stack(values), *each)
+
+
+def clip_grad_norm(adapters: Stack | Sequence[Stack], max_norm: float) -> Tensor:
+    """Scale the gradients of each adapter down to a norm, each by itself.
+
+    Args:
+        adapters: Adapters whose leaves have gradients, or one stack of them.
+        max_norm: The largest norm that is left as it is.
+
+    Returns:
+        The norms before, shape (K,). One that is not finite concerns its adapter alone.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model, x = torch.nn.Linear(4, 2), torch.ones(5, 4)
+        >>> adapters = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(3)]
+        >>> losses = lf.vcall(model, lf.stack(adapters), x, loss_fn=lambda y, x: y.square().sum())
+        >>> losses.sum().backward()
+        >>> norms = lf.clip_grad_norm(adapters, max_norm=1.0)
+    """
+    check_number("max_norm", max_norm, above=0)
+    if not isinstance(adapters, Mapping):
+        each = [partition(adapter)[0].values() for adapter in adapters]
+        return torch.stack([torch.nn.utils.clip_grad_norm_(leaves, max_norm) for leaves in each])
+    gradients = [leaf.grad for leaf in adapters.values() if leaf.grad is not None]
+    of_each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(of_each), dim=0)
+    for gradient in gradients:
+        shape = (-1, *[1] * (gradient.ndim - 1))
+        gradient.mul_((max_norm / (norms + 1e-6)).clamp(max=1).view(shape))
+    return norms
