@@ -105,8 +105,9 @@ class Injection:
         if keys:
             raise UnusedLeafError(
                 f"{len(keys)} leaves had no part in this call, such as {min(keys)!r}: the model "
-                "skips the layer or reads its weight past it, or the variant has no such leaf; "
-                "leave them out of the adapter, or pass strict=False"
+                "skips the layer, or reads its weight past it, or the variant has no such leaf; "
+                "leave them out of the adapter, or name the weight with target_parameters, or pass "
+                "strict=False"
             )
 
     @contextmanager

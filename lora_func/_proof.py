@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from lora_func._call import fcall
 from lora_func._errors import FoldError
 from lora_func._fold import LossesApart, batch_of, fold_batch, of_adapter, refuse_mixed, unfold
-from lora_func._inject import injection
+from lora_func._inject import Injection, injection
 from lora_func._keys import parse
 from lora_func._modules import uncompiled
 from lora_func._plan import Plan, plan_of
@@ -53,6 +53,7 @@ def fold(
         _refuse_unfoldable(uncompiled(model), plan)
     with work.inside(), LossesApart(count):
         output = work.call(args, kwargs)
+    _refuse_unread(work)
     if strict:
         work.refuse_unused()
     refuse_mixed(output, count)
@@ -174,6 +175,16 @@ def _refuse_unfoldable(model: nn.Module, plan: Plan) -> None:
                 f"{site.path}: other modules read this parameter as well, or torch's attention "
                 'does; leave it out, or pass fallback="loop"'
             )
+
+
+def _refuse_unread(work: Injection) -> None:
+    for plan, unused in zip(work.plans, work.unused, strict=True):
+        for site in plan.sites:
+            if site.everywhere and unused and not unused.isdisjoint(site.keys.values()):
+                raise FoldError(
+                    f"{site.path}: the model reads this parameter past its module; leave it out, "
+                    'or pass fallback="loop"'
+                )
 
 
 _READ_FROM_OUTSIDE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
