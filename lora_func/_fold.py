@@ -1,12 +1,10 @@
 """The adapter axis folded into the rows of a batch, and unfolded from what a model gives."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lora_func._batch import LossFn, arguments
@@ -27,6 +25,24 @@ def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
     return tree_map(lambda value: value[at] if isinstance(value, Tensor) else value, batch)
 
 
+def refuse_other_axes(batch: Any, adapters: int) -> None:
+    """Refuse a batch that is none for each adapter.
+
+    Args:
+        batch: As for ``vcall`` with ``batched=True``.
+        adapters: How many there are.
+
+    Raises:
+        ValueError: If a tensor has not the axes (adapters, rows, ...).
+    """
+    shapes = [tuple(v.shape) for v in tree_leaves(arguments(batch)) if isinstance(v, Tensor)]
+    if any(len(shape) < 2 or shape[0] != adapters for shape in shapes):
+        raise ValueError(
+            f"batch: tensors of shapes {shapes}; with batched=True each has the axes (adapters, "
+            f"rows, ...), here ({adapters}, rows, ...)"
+        )
+
+
 def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]:
     """Lay the rows of all adapters one after another.
 
@@ -45,11 +61,6 @@ def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]
     own = 1 if batched else 0
     places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and (v.ndim or batched)]
     shapes = [tuple(values[i].shape) for i in places]
-    if batched and any(len(shape) < 2 or shape[0] != adapters for shape in shapes):
-        raise FoldError(
-            f"batch: tensors of shapes {shapes}; with batched=True each has the axes (adapters, "
-            f"rows, ...), here ({adapters}, rows, ...)"
-        )
     counts = {shape[own] for shape in shapes}
     # one row for everybody, such as positions, is left to broadcasting
     rows = max(counts, default=0)
@@ -155,41 +166,3 @@ def of_adapter(output: Any, k: int) -> Any:
 def joined(pieces: Sequence[Any]) -> Any:
     """Join what several groups of adapters gave."""
     return pieces[0] if len(pieces) == 1 else tree_map(lambda *ts: torch.cat(ts), *pieces)
-
-
-_LOSSES: set[Callable[..., Tensor]] = {
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.cross_entropy,
-    F.gaussian_nll_loss,
-    F.huber_loss,
-    F.kl_div,
-    F.l1_loss,
-    F.mse_loss,
-    F.nll_loss,
-    F.poisson_nll_loss,
-    F.smooth_l1_loss,
-}
-
-
-class LossesApart(TorchFunctionMode):
-    """While it is entered, a loss over the rows of all adapters comes as one for each of them.
-
-    So the model's own code computes the losses, with its own shifts, weights and ignored labels.
-    """
-
-    def __init__(self, adapters: int) -> None:
-        super().__init__()
-        self.adapters = adapters
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _LOSSES or kwargs.get("reduction") == "none":
-            return func(*args, **kwargs)
-        rows = args[0].shape[0] if args[0].ndim else 0
-        if rows % self.adapters or any(x.shape[:1] != (rows,) for x in args):
-            return func(*args, **kwargs)
-        pieces = zip(*(x.unflatten(0, (self.adapters, -1)) for x in args), strict=True)
-        return torch.stack([func(*piece, **kwargs) for piece in pieces])

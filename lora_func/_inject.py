@@ -13,7 +13,15 @@ from torch.func import functional_call
 
 from lora_func._checkpoint import intercepted
 from lora_func._errors import UnusedLeafError
-from lora_func._modules import forward_slot, identities, named_parameters, structure, uncompiled
+from lora_func._losses import losses_apart
+from lora_func._modules import (
+    PartOfCall,
+    forward_slot,
+    identities,
+    named_parameters,
+    structure,
+    uncompiled,
+)
 from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
 from lora_func._rows import Part, Rows, folded_forward
 from lora_func._running import Run, refuse_others, running
@@ -27,7 +35,14 @@ from lora_func._sites import (
     run_sites,
 )
 from lora_func._slots import Put, Slot
-from lora_func._transforms import WhileNeeded, held, settings_now, transformable, transformed
+from lora_func._transforms import (
+    WhileNeeded,
+    compiled_attention,
+    held,
+    settings_now,
+    transformable,
+    transformed,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +107,7 @@ class Injection:
         adapters = tuple({key: next(values) for key in adapter} for adapter in self.adapters)
         frozen = {f"model.{name}": parameter for name, parameter in self.frozen.items()}
         with replace(self, adapters=adapters).inside():
-            part = _Part(self.model, function)
+            part = PartOfCall(self.model, function)
             return functional_call(part, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
     def refuse_unused(self) -> None:
@@ -114,7 +129,7 @@ class Injection:
     def inside(self) -> Iterator[None]:
         """Put this into the model, which afterwards is what it was, whatever happened."""
         if torch.compiler.is_compiling():
-            with Put(self._slots()):
+            with compiled_attention(), Put(self._slots()):
                 yield
             return
         with held(self.settings), Put(self._exclusive_slots()):
@@ -186,18 +201,6 @@ class Injection:
         return forward
 
 
-class _Part(nn.Module):
-    """A part of a model's call as a module, for functional_call."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
 def injection(
     model: nn.Module,
     adapters: Sequence[Mapping[str, Tensor]],
@@ -236,6 +239,8 @@ def injection(
         return Injection(model, plans, tuple(adapters), rows, (None,) * len(plans), frozen)
     unused = tuple({key for site in p.sites for key in site.keys.values()} for p in plans)
     settings = (intercepted, *settings_now(plan.fast_path))
+    if rows is not None:
+        settings = (losses_apart, *settings)
     return Injection(model, plans, tuple(adapters), rows, unused, frozen, settings, object())
 
 

@@ -1,7 +1,7 @@
 """Walking through a model."""
 
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -14,6 +14,19 @@ def uncompiled(model: nn.Module) -> nn.Module:
     original = getattr(model, "_orig_mod", model)
     assert isinstance(original, nn.Module)
     return original
+
+
+class PartOfCall(nn.Module):
+    """A function that runs a part of a model, as a module for ``functional_call``."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
 
 
 def forward_slot(module: nn.Module) -> str:

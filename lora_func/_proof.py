@@ -1,6 +1,7 @@
 """Running adapters folded into the rows of a batch, and the proof that a model lets them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from lora_func._call import fcall
 from lora_func._errors import FoldError
-from lora_func._fold import LossesApart, batch_of, fold_batch, of_adapter, refuse_mixed, unfold
+from lora_func._fold import batch_of, fold_batch, of_adapter, refuse_mixed, unfold
 from lora_func._inject import Injection, injection
 from lora_func._keys import parse
+from lora_func._losses import CompiledLossesApart
 from lora_func._modules import uncompiled
 from lora_func._plan import Plan, plan_of
 from lora_func._rows import Rows
@@ -51,7 +53,8 @@ def fold(
     work = injection(model, stacks, Rows(sizes, rows))
     for plan in work.plans:
         _refuse_unfoldable(uncompiled(model), plan)
-    with work.inside(), LossesApart(count):
+    compiling = torch.compiler.is_compiling()
+    with work.inside(), CompiledLossesApart(count) if compiling else nullcontext():
         output = work.call(args, kwargs)
     _refuse_unread(work)
     if strict:

@@ -15,6 +15,10 @@ class Work(Protocol):
     """What is put into a model for a call, and can be put there again to repeat a part of it."""
 
     @property
+    def rows(self) -> Any:
+        """Whose rows are whose, if several adapters share the call; else None."""
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The adapter's tensors."""
 

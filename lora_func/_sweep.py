@@ -11,7 +11,7 @@ from lora_func._batch import LossFn
 from lora_func._call import fcall
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._errors import FoldError
-from lora_func._fold import batch_of, joined, results
+from lora_func._fold import batch_of, joined, refuse_other_axes, results
 from lora_func._keys import partition
 from lora_func._proof import fold, require_proof
 from lora_func._stack import size_of
@@ -64,7 +64,8 @@ def vcall(
     Raises:
         FoldError: If the adapters cannot share a call, because the model mixes rows, reads an
             adapted parameter past its module, or has rows elsewhere than on the first axis.
-        ValueError: If stacked is no stack, or chunk is less than 1.
+        ValueError: If stacked is no stack, chunk is less than 1, or a tensor of a batch for each
+            adapter has not K in front.
 
     Example:
         >>> import torch, lora_func as lf
@@ -82,6 +83,8 @@ def vcall(
     if chunk is not None:
         check_count("chunk", chunk)
     stacks = [stacked] if isinstance(stacked, Mapping) else [*stacked]
+    if batched:
+        refuse_other_axes(batch, sum(map(size_of, stacks)))
     pieces = []
     for share in _shares(stacks, chunk):
         mine = batch_of(batch, batched, share.place)

@@ -4,7 +4,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -122,8 +122,14 @@ def transformed() -> bool:
     return bool(active_transforms()) or in_forward_mode()
 
 
-# torch.compiler.assume_constant_result, which would import the compiler
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def compiled_attention() -> AbstractContextManager[Any]:
+    """Return the setting of attention for a region that is being compiled."""
+    return sdpa_kernel(SDPBackend.MATH) if needs_math() else nullcontext()
+
+
+for _constant in (needs_math, transformed):
+    # torch.compiler.assume_constant_result, which would import the compiler
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformable(model: nn.Module) -> Iterator[Slot]:

@@ -27,7 +27,6 @@ def qwen3(**settings: object) -> PreTrainedModel:
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -35,7 +34,7 @@ def qwen3(**settings: object) -> PreTrainedModel:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        **{"use_cache": False} | settings,
+        **{"num_hidden_layers": 2, "use_cache": False} | settings,
     )
     return Qwen3ForCausalLM(config).eval()
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"_config", "_padding"},
     {"_types"},
     {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers", "_running", "_remat"},
-    {"_moments", "_low_rank", "_calibrate", "_checkpoint", "_parameters"},
+    {"_moments", "_low_rank", "_calibrate", "_checkpoint", "_losses", "_parameters"},
     {f"variants.{file.stem}" for file in PACKAGE.glob("variants/[!_]*.py")}
     | {"variants._template"},
     {"variants"},

@@ -1,0 +1,82 @@
+"""torch.compile: one graph for all adapters of the same shapes, equal to eager."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lora_func as lf
+from tests.models import batch_for, make, scramble
+
+gradient = torch.func.grad(lf.fcall, argnums=1)
+OVER_ADAPTERS = (None, 0, None)
+
+
+def slope(model, params, batch):
+    ones = {key: torch.ones_like(leaf) for key, leaf in params.items()}
+    return torch.func.jvp(lambda point: lf.fcall(model, point, batch), (params,), (ones,))
+
+
+FUNCTIONS = {
+    "fcall": (lf.fcall, False),
+    "grad": (gradient, False),
+    "jvp": (slope, False),
+    "vmap of grad": (torch.vmap(gradient, OVER_ADAPTERS), True),
+    "vcall": (lf.vcall, True),
+}
+
+
+def adapters(model, seed):
+    made = [lf.init(model, lf.LoRA(r=2, alpha=4 + seed + i), seed=seed + i) for i in range(2)]
+    return [{k: v.detach() for k, v in scramble(one, i).items()} for i, one in enumerate(made)]
+
+
+def assert_one_graph(function, model, batch, inputs, backend):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for params in inputs:
+        expected = function(model, params, batch)
+        torch.testing.assert_close(compiled(model, params, batch), expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "stacked"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_one_graph_for_all_adapters_under_inductor(function, stacked):
+    model = make("qwen3", num_hidden_layers=1).requires_grad_(False)
+    inputs = [adapters(model, 0), adapters(model, 7)]
+    inputs = [lf.stack(made) if stacked else made[0] for made in inputs]
+    assert_one_graph(function, model, batch_for(model), inputs, "inductor")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_vcall_of_other_models(family):
+    """The compiler takes torch's CrossEntropyLoss, as BERT has it, for one operation."""
+    model = make(family).requires_grad_(False)
+    inputs, batch = [lf.stack(adapters(model, seed)) for seed in (0, 7)], batch_for(model)
+    if family == "gpt2":
+        assert_one_graph(lf.vcall, model, batch, inputs, "aot_eager")
+        return
+    torch._dynamo.reset()
+    compiled = torch.compile(lf.vcall, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="one number over the rows"):
+        compiled(model, inputs[0], batch)
+    inputs_alone = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    assert_one_graph(lf.vcall, model, inputs_alone, inputs, "aot_eager")
+
+
+def test_the_gradients_of_a_compiled_sweep():
+    model = make("gpt2").requires_grad_(False)
+    batch, stacked = batch_for(model), lf.stack(adapters(model, 0))
+    trained = {k: v.requires_grad_() for k, v in lf.partition(stacked)[0].items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(lf.vcall, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(
+        *(
+            torch.autograd.grad(f(model, stacked, batch).sum(), [*trained.values()])
+            for f in (compiled, lf.vcall)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
