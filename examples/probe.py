@@ -10,8 +10,6 @@ trained from the same start; "head" trains a linear head on frozen features and 
 The exit status is 1 if any check of any row fails.
 """
 
-import argparse
-import random
 import sys
 import tempfile
 import time
@@ -22,11 +20,11 @@ from statistics import mean, median
 
 import matplotlib
 import torch
-from probe_tasks import TASKS, Batch, Task
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from tasks import TASKS, Batch, Task, in_epochs, parser_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -198,9 +196,7 @@ def train(task: Task, params: lf.Params, lr: float, epochs: int, seed: int, row:
         total_steps=max(epochs * len(task.data), 2),
         pct_start=0.1,
     )
-    rng = random.Random(seed)
-    order = [batch for _ in range(epochs) for batch in rng.sample(task.data, len(task.data))]
-    with tqdm(order, desc=row.name, unit="step") as progress:
+    with tqdm(in_epochs(task.data, epochs, seed), desc=row.name, unit="step") as progress:
         for batch in progress:
             start = time.perf_counter()
             loss = lf.fcall(task.model, params, batch)
@@ -303,21 +299,9 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the probe; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "probe.png")
     parser.add_argument("--variants", default="head,lora", help=f"of {', '.join(VARIANTS)}; or all")
     parser.add_argument("--task", choices=TASKS, default="classify")
-    parser.add_argument(
-        "--model", help="Hugging Face id or folder of an encoder; default: the packaged MiniLM"
-    )
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--packages", type=int, default=12, help="number of classes")
-    parser.add_argument("--most", type=int, default=300, help="docstrings of one package, at most")
-    parser.add_argument("--length", type=int, default=64, help="tokens of one docstring, at most")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, default=Path("probe.png"))
     options = parser.parse_args(arguments)
     names = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
     if unknown := set(names) - set(VARIANTS):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_func._batch import LossFn, arguments, result
+from lora_func._frozen import refuse_unused
 from lora_func._inject import injection
 
 
@@ -56,7 +57,7 @@ def fcall(
     with work.inside():
         output = work.call(args, kwargs)
     if strict:
-        work.refuse_unused()
+        refuse_unused(work.unused)
     return result(output, batch, loss_fn)
 
 

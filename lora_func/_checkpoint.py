@@ -6,42 +6,44 @@ it: without transforms torch's own does the work, on a function that puts the ad
 the transforms of torch.func, which torch's does not know, we recompute ourselves.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lora_func._remat import rematerialised, surroundings
-from lora_func._running import Run, Work, is_running, run_here
+from lora_func._running import Run, Work, is_running, runs_here
 from lora_func._slots import Put
-from lora_func._transforms import WhileNeeded, transformed
+from lora_func._transforms import WhileNeeded, active_transforms, in_forward_mode
 
 # checkpoint itself is bound by name all over; what it calls is looked up here each time
 _torchs_own: Any = checkpoint.__wrapped__  # type: ignore[attr-defined]
 _SETTINGS = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, nn.Module)
 
 
 def _checkpointed(
     function: Callable[..., Any], *args: Any, use_reentrant: bool | None = None, **kwargs: Any
 ) -> Any:
-    run = run_here()
-    if run is None or run.work is None or not torch.is_grad_enabled():
+    runs = runs_here()
+    if not runs or not torch.is_grad_enabled():
         return _torchs_own(function, *args, use_reentrant=use_reentrant, **kwargs)
     if use_reentrant is not False:
         raise RuntimeError(
             f"checkpoint(use_reentrant={use_reentrant}): a reentrant checkpoint gives the adapter "
             "no gradient; pass use_reentrant=False"
         )
-    work = run.work.below(_module_of(function))
-    if transformed():
-        return _recomputed(work, function, args, kwargs)
-    again = partial(_with_adapter, run, work, function)
-    return _torchs_own(again, *args, use_reentrant=False, **kwargs)
+    if active_transforms() or in_forward_mode():
+        assert runs[-1].work is not None
+        return _recomputed(runs[-1].work, function, args, kwargs)
+    for run in runs:
+        function = partial(_with_adapter, run, function)
+    return _torchs_own(function, *args, use_reentrant=False, **kwargs)
 
 
 intercepted = WhileNeeded(
@@ -50,12 +52,10 @@ intercepted = WhileNeeded(
 """The setting in which checkpoints know of adapters."""
 
 
-def _with_adapter(
-    run: Run, work: Work, function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    if is_running(run.origin):
+def _with_adapter(run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if run.work is None or is_running(run.origin):
         return function(*args, **kwargs)
-    return work.redo(work.tensors, function, args, kwargs)
+    return run.work.redo(None, function, args, kwargs)
 
 
 def _recomputed(
@@ -71,10 +71,13 @@ def _recomputed(
         args = (*function.args, *args)
         kwargs = function.keywords | kwargs
         function = function.func
-    if any(True for _ in _captured(function)):
-        # what a closure holds could not be differentiated; kept activations are right, if larger
+    try:
+        if not active_transforms():  # a dual level, in which torch.func.jvp cannot nest
+            raise _UnseenError
+        return _rematerialised(work.below(_module_of(function, args)), function, args, kwargs)
+    except _UnseenError:
+        # it depends on more than its arguments: kept activations are right, if larger
         return function(*args, **kwargs)
-    return _rematerialised(work, function, args, kwargs)
 
 
 def _rematerialised(
@@ -85,59 +88,83 @@ def _rematerialised(
     inputs = [values[i] for i in places]
     found: list[Any] = []
 
-    def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def again(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(places, tensors, strict=False))
         args, kwargs = tree_unflatten([given.get(i, v) for i, v in enumerate(values)], layout)
         output = work.redo(tensors[len(places) :], function, args, kwargs)
         found[:] = tree_flatten(output)
-        mine = {id(tensor) for tensor in tensors}
-        return tuple(
-            value.view_as(value) if id(value) in mine else value
-            for value in found[0]
-            if isinstance(value, Tensor)
-        )
+        _require_plain(found[0])
+        return tuple(value for value in found[0] if isinstance(value, Tensor))
 
-    as_they_were = surroundings(inputs)
+    def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+        versions = [tensor._version for tensor in tensors]
+        with _NothingUnseen(tensors):
+            outputs = again(*tensors)
+        if [tensor._version for tensor in tensors] != versions:
+            raise RuntimeError("a checkpointed function writes into its input; let it make a copy")
+        return outputs
 
-    def again(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def as_at_first(*tensors: Tensor) -> tuple[Tensor, ...]:
         with as_they_were():
-            return first(*tensors)
+            return again(*tensors)
 
-    outputs = iter(rematerialised(first, again, [*inputs, *work.tensors]))
+    _require_plain(values)
+    as_they_were = surroundings(inputs)
+    outputs = iter(rematerialised(first, as_at_first, [*inputs, *work.tensors]))
     output, its_layout = found
     output = [next(outputs) if isinstance(value, Tensor) else value for value in output]
     return tree_unflatten(output, its_layout)
 
 
-def _module_of(function: Callable[..., Any]) -> nn.Module | None:
-    """The module that a checkpointed function runs, as far as it shows."""
-    while isinstance(function, partial):
-        for value in function.args:
-            if isinstance(value, nn.Module):
-                return value
-        function = function.func
-    owner = getattr(function, "__self__", function)
-    return owner if isinstance(owner, nn.Module) else None
+class _UnseenError(Exception):
+    """A function depends on what cannot be handed to it."""
 
 
-def _captured(function: Callable[..., Any]) -> Iterator[Tensor]:
-    """The tensors in a function's closure, and in those of the functions there."""
-    pending: list[Any] = [getattr(function, "__func__", function)]
-    known = set()
-    while pending:
-        found = pending.pop()
-        for cell in getattr(found, "__closure__", None) or ():
-            if id(cell) in known or not _is_full(cell):
-                continue
-            known.add(id(cell))
-            content = cell.cell_contents
-            if isinstance(content, FunctionType):
-                pending.append(content)
-            yield from (leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
+def _require_plain(values: Sequence[Any]) -> None:
+    if not all(isinstance(value, (Tensor, *_PLAIN)) for value in values):
+        raise _UnseenError
 
 
-def _is_full(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
+class _NothingUnseen(TorchFunctionMode):
+    """Finds tensors that might be differentiated, and come from elsewhere than the inputs."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor._cdata for tensor in inputs}
+        self.alive: list[Any] = []  # so that no other tensor gets the identity of one
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(map(self._is_unseen, _tensors((args, kwargs)))):
+            raise _UnseenError
+        result = func(*args, **(kwargs or {}))
+        self.known |= {tensor._cdata for tensor in _tensors(result)}
+        self.alive.append(result)
+        return result
+
+    def _is_unseen(self, tensor: Tensor) -> bool:
+        level = torch._C._functorch.maybe_current_level()
+        # -2 is the level of a transform that has ended
+        if torch._C._functorch.maybe_get_level(tensor) not in range(-1, 1 + (level or 0)):
+            return True
+        is_constant = not tensor.requires_grad
+        while tensor._cdata not in self.known:
+            if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                return not is_constant
+            tensor, is_constant = torch._C._functorch.get_unwrapped(tensor), False
         return False
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _module_of(function: Callable[..., Any], args: Sequence[Any]) -> nn.Module | None:
+    """The module of which a checkpointed function is a method, bound or not."""
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, nn.Module):
+        return owner
+    first = args[0] if args else None
+    is_method = getattr(type(first), getattr(function, "__name__", ""), None) is not None
+    return first if isinstance(first, nn.Module) and is_method else None

@@ -1,14 +1,15 @@
 """The adapter axis folded into the rows of a batch, and unfolded from what a model gives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lora_func._batch import LossFn, arguments
+from lora_func._batch import LossFn, arguments, result
 from lora_func._errors import FoldError
+from lora_func._losses import is_split
 
 
 def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
@@ -72,90 +73,105 @@ def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]
     for i in places:
         value = values[i]
         if batched:
-            if value.shape[1] != rows:
-                value = value.expand(-1, rows, *value.shape[2:])
-            values[i] = value.flatten(0, 1)
+            values[i] = value.expand(-1, rows, *value.shape[2:]).flatten(0, 1)
         elif value.shape[0] == rows:
-            values[i] = value.expand(adapters, *value.shape).flatten(0, 1)
+            values[i] = value.repeat(adapters, *[1] * (value.ndim - 1))
     args, kwargs = tree_unflatten(values, layout)
     return args, kwargs, rows
 
 
-def unfold(output: Any, adapters: int) -> Any:
-    """Give a model's output an axis for the adapters in front.
-
-    Args:
-        output: What the model gave for all rows; its ``loss`` is one for each adapter already.
-        adapters: How many there are.
-
-    Returns:
-        The same with tensors of shape (adapters, rows, ...).
-
-    Raises:
-        FoldError: If a tensor has no rows, or the output is no tree of tensors.
-    """
-    loss = getattr(output, "loss", None)
-    values = tree_leaves(output)
-    if len(values) == 1 and values[0] is output and not isinstance(output, Tensor):
-        raise FoldError(
-            f"the model gives a {type(output).__name__}, of which the parts are unknown; register "
-            "it with torch.utils._pytree.register_pytree_node"
-        )
-
-    def unfolded(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value is loss:
-            return value
-        if not value.ndim or value.shape[0] % adapters:
-            raise FoldError(
-                f"the model gives a tensor of shape {tuple(value.shape)}, which cannot be told "
-                f"apart for {adapters} adapters"
-            )
-        return value.reshape(adapters, -1, *value.shape[1:])
-
-    return tree_map(unfolded, output)
-
-
-def refuse_mixed(output: Any, adapters: int) -> None:
-    """Refuse losses over the rows of all adapters.
+def results(
+    output: Any, batch: Any, adapters: int, rows: int, batched: bool, loss_fn: LossFn | None
+) -> Any:
+    """Return for each adapter what ``fcall`` would return for it, stacked.
 
     Args:
         output: What the model gave for all rows.
+        batch: As for ``vcall``.
         adapters: How many there are.
+        rows: How many rows each of them has.
+        batched: Whether each has a batch of its own.
+        loss_fn: As for ``fcall``.
 
     Raises:
-        FoldError: If it has one.
+        FoldError: If the adapters' shares cannot be told apart.
     """
-    loss = getattr(output, "loss", None)
-    if loss is not None and (not isinstance(loss, Tensor) or loss.shape != (adapters,)):
-        raise FoldError(
-            "the model's loss is one number over the rows of all adapters; pass loss_fn, and "
-            "leave the labels out of what the model sees"
-        )
     if getattr(output, "aux_loss", None) is not None:
         raise FoldError(
             "the model adds an auxiliary loss over the rows of all adapters; switch it off "
             "(output_router_logits=False)"
         )
+    loss = getattr(output, "loss", None)
+    if loss_fn is None:
+        return unfold(result(output, batch, None), adapters, rows, loss)
+    output = unfold(output, adapters, rows, loss)
+    each = [loss_fn(of_adapter(output, k), batch_of(batch, batched, k)) for k in range(adapters)]
+    return stacked(each)
 
 
-def results(output: Any, batch: Any, adapters: int, batched: bool, loss_fn: LossFn | None) -> Any:
-    """Return for each adapter what ``fcall`` would return for it, stacked.
+def unfold(output: Any, adapters: int, rows: int, loss: Tensor | None) -> Any:
+    """Give a model's output an axis for the adapters in front.
 
     Args:
-        output: What the model gave for all rows, not mixed.
-        batch: As for ``vcall``.
+        output: What the model gave for all rows.
         adapters: How many there are.
-        batched: Whether each has a batch of its own.
-        loss_fn: As for ``fcall``.
+        rows: How many rows each of them has.
+        loss: The part of it that is its loss, if it says so.
+
+    Returns:
+        The same with tensors of shape (adapters, rows, ...); (adapters,) for what is one number for
+        each adapter already, such as a loss. A cache of keys and values is left out.
+
+    Raises:
+        FoldError: If a part is neither a tensor with rows nor a plain value.
     """
-    loss = getattr(output, "loss", None)
-    if loss_fn is None and loss is not None:
-        return loss
-    output = unfold(output, adapters)
-    if loss_fn is None:
-        return output
-    each = [loss_fn(of_adapter(output, k), batch_of(batch, batched, k)) for k in range(adapters)]
-    return tree_map(lambda *values: torch.stack(values), *each)
+
+    def unfolded(value: Any) -> Any:
+        if isinstance(value, _PLAIN):
+            return value
+        if not isinstance(value, Tensor):
+            raise FoldError(
+                f"the model gives a {type(value).__name__}, of which the parts are unknown; "
+                "register it with torch.utils._pytree.register_pytree_node"
+            )
+        numbers = rows != 1 or value is loss or is_split(value)
+        if value.shape == (adapters,) and numbers:
+            return value
+        if not value.ndim or value.shape[0] % max(adapters * rows, 1):
+            raise FoldError(
+                f"the model gives a tensor of shape {tuple(value.shape)} over the rows of "
+                f"{adapters} adapters, which cannot be told apart; if it is a loss, pass loss_fn, "
+                "and leave the labels out of what the model sees"
+            )
+        return value.reshape(adapters, value.shape[0] // adapters, *value.shape[1:])
+
+    return tree_map(unfolded, without_caches(output))
+
+
+def without_caches(output: Any) -> Any:
+    """Leave transformers' caches of keys and values out."""
+
+    def is_cache(value: Any) -> bool:
+        return type(value).__module__.startswith("transformers.cache_utils")
+
+    return tree_map(lambda value: None if is_cache(value) else value, output)
+
+
+def stacked(each: Sequence[Any]) -> Any:
+    """Stack what each adapter gave."""
+    return _over_tensors(torch.stack, each)
+
+
+def joined(pieces: Sequence[Any]) -> Any:
+    """Join what several groups of adapters gave."""
+    return pieces[0] if len(pieces) == 1 else _over_tensors(torch.cat, pieces)
+
+
+def _over_tensors(join: Callable[..., Tensor], trees: Sequence[Any]) -> Any:
+    def of_leaf(*values: Any) -> Any:
+        return join(values) if isinstance(values[0], Tensor) else values[0]
+
+    return tree_map(of_leaf, *trees)
 
 
 def of_adapter(output: Any, k: int) -> Any:
@@ -163,6 +179,4 @@ def of_adapter(output: Any, k: int) -> Any:
     return tree_map(lambda value: value[k] if isinstance(value, Tensor) else value, output)
 
 
-def joined(pieces: Sequence[Any]) -> Any:
-    """Join what several groups of adapters gave."""
-    return pieces[0] if len(pieces) == 1 else tree_map(lambda *ts: torch.cat(ts), *pieces)
+_PLAIN = (type(None), bool, int, float, str)

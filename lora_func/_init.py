@@ -195,9 +195,9 @@ def _frozen(model: nn.Module, target: Target) -> Any:
         return W
     own = {name: getattr(module, name) for name in target.parameters}
     name = parameter or "weight"
-    for tensor in own.values() or (module._parameters[name],):
+    for tensor in own.values() or (module._parameters.get(name),):
         _refuse_without_data(target.site, tensor)
-    return own or matrix(module, dict(module.named_parameters(recurse=False)), name)
+    return own or matrix(module, module._parameters, name)
 
 
 def _refuse_without_data(site: str, weight: Tensor | None) -> None:

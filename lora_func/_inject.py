@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_func._checkpoint import intercepted
-from lora_func._errors import UnusedLeafError
+from lora_func._frozen import (
+    FROZEN,
+    Forward,
+    frozen_forward,
+    frozen_parameters,
+    refuse_replaced_forward,
+)
 from lora_func._losses import losses_apart
 from lora_func._modules import (
     PartOfCall,
@@ -25,15 +31,7 @@ from lora_func._modules import (
 from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
 from lora_func._rows import Part, Rows, folded_forward
 from lora_func._running import Run, refuse_others, running
-from lora_func._sites import (
-    FROZEN,
-    Forward,
-    frozen_forward,
-    leaves_of,
-    parameter_slots,
-    replaced_ids,
-    run_sites,
-)
+from lora_func._sites import Replacement, leaves_of, parameter_slots, replacements, run_sites
 from lora_func._slots import Put, Slot
 from lora_func._transforms import (
     WhileNeeded,
@@ -55,7 +53,9 @@ class Injection:
         adapters: One adapter for all rows; with ``rows`` stacks of them.
         rows: Whose rows are whose; None for one adapter.
         unused: The keys of each of the adapters that nothing has read yet; None while compiling.
-        frozen: The base parameters that would get a gradient, detached.
+        frozen: The base parameters that would get a gradient, to be detached.
+        replaced: The parameters that are others for the whole call; computed once, so that a
+            repetition has the same.
         settings: What the transforms around the call need.
         origin: The call.
     """
@@ -66,6 +66,7 @@ class Injection:
     rows: Rows | None
     unused: tuple[set[str] | None, ...]
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    replaced: tuple[Replacement, ...] = ()
     settings: tuple[WhileNeeded, ...] = ()
     origin: object = None
 
@@ -91,39 +92,32 @@ class Injection:
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the model while this is in it."""
-        return functional_call(
-            self.model, {**self.frozen}, tuple(args), {**kwargs}, tie_weights=False
-        )
+        frozen = {name: parameter.detach() for name, parameter in self.frozen.items()}
+        return functional_call(self.model, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
     def redo(
         self,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor] | None,
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Call a function while this, with other tensors, is in the model."""
-        values = iter(tensors)
-        adapters = tuple({key: next(values) for key in adapter} for adapter in self.adapters)
-        frozen = {f"model.{name}": parameter for name, parameter in self.frozen.items()}
-        with replace(self, adapters=adapters).inside():
+        """Call a function while this is in the model, with other tensors if there are some."""
+        again = self
+        if tensors is not None:
+            values = iter(tensors)
+            adapters = tuple({key: next(values) for key in one} for one in self.adapters)
+            again = replace(self, adapters=adapters, replaced=self._replaced_by(adapters))
+        frozen = {f"model.{name}": parameter.detach() for name, parameter in self.frozen.items()}
+        with again.inside():
             part = PartOfCall(self.model, function)
             return functional_call(part, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
-    def refuse_unused(self) -> None:
-        """Refuse leaves that had no part in the call.
-
-        Raises:
-            UnusedLeafError: If there is any.
-        """
-        keys = set().union(*filter(None, self.unused))
-        if keys:
-            raise UnusedLeafError(
-                f"{len(keys)} leaves had no part in this call, such as {min(keys)!r}: the model "
-                "skips the layer, or reads its weight past it, or the variant has no such leaf; "
-                "leave them out of the adapter, or name the weight with target_parameters, or pass "
-                "strict=False"
-            )
+    def _replaced_by(self, adapters: Sequence[Mapping[str, Tensor]]) -> tuple[Replacement, ...]:
+        everywhere = [site for site in self.plans[0].sites if site.everywhere]
+        if self.rows is not None or not everywhere:
+            return ()
+        return replacements(uncompiled(self.model), everywhere, adapters[0])
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -149,16 +143,12 @@ class Injection:
     def _slots(self) -> Iterator[Slot]:
         for module, sites in self._sites_by_module():
             slot, frozen = forward_slot(module), frozen_forward(module)
-            _refuse_replaced_forward(module, slot, sites)
+            refuse_replaced_forward(module, next(filter(None, sites))[0].path)
             forward = self._forward(module, frozen, sites)
             if not torch.compiler.is_compiling():
                 setattr(forward, FROZEN, frozen)
             yield vars(module), slot, forward
-        everywhere = [site for site in self.plans[0].sites if site.everywhere]
-        if everywhere and self.rows is None:
-            yield from parameter_slots(
-                uncompiled(self.model), everywhere, self.adapters[0], self.unused[0]
-            )
+        yield from parameter_slots(self.replaced, self.unused[0])
 
     def _sites_by_module(self) -> Iterator[tuple[nn.Module, list[list[Site]]]]:
         """The modules that run another forward, each with every adapter's sites there."""
@@ -207,6 +197,7 @@ def injection(
     rows: Rows | None = None,
     *,
     detached: bool = True,
+    origin: object = None,
 ) -> Injection:
     """Prepare what goes into a model.
 
@@ -215,6 +206,7 @@ def injection(
         adapters: One adapter for all rows; with ``rows`` stacks of them.
         rows: Whose rows are whose.
         detached: Whether base parameters that require grad get none.
+        origin: The run that this is a part of, if it is.
 
     Returns:
         The injection, for the transforms that are active now.
@@ -227,28 +219,21 @@ def injection(
         RuntimeError: If the model cannot run under the transforms that are active.
     """
     plans = tuple(plan_of(uncompiled(model), adapter) for adapter in adapters)
-    (plan, *_) = plans
-    refuse_untransformable(plan)
-    replaced = replaced_ids(site for p in plans for site in p.sites if site.everywhere)
+    adapters = tuple({**adapter} for adapter in adapters)
+    refuse_untransformable(plans[0])
+    unused: tuple[set[str] | None, ...] = (None,) * len(plans)
+    settings: tuple[WhileNeeded, ...] = ()
+    if not torch.compiler.is_compiling():
+        unused = tuple({key for site in p.sites for key in site.keys.values()} for p in plans)
+        settings = (intercepted, *settings_now(plans[0].fast_path))
+        settings += () if rows is None else (losses_apart,)
+        origin = origin or object()
+    work = Injection(model, plans, adapters, rows, unused, {}, (), settings, origin)
+    replaced = work._replaced_by(adapters)
+    taken = {id(frozen_parameters(r.module)[name]) for r in replaced for name in r.new}
     frozen = {
-        name: parameter.detach()
+        name: parameter
         for name, parameter in named_parameters(model)
-        if detached and parameter.requires_grad and id(parameter) not in replaced
+        if detached and parameter.requires_grad and id(parameter) not in taken
     }
-    if torch.compiler.is_compiling():
-        return Injection(model, plans, tuple(adapters), rows, (None,) * len(plans), frozen)
-    unused = tuple({key for site in p.sites for key in site.keys.values()} for p in plans)
-    settings = (intercepted, *settings_now(plan.fast_path))
-    if rows is not None:
-        settings = (losses_apart, *settings)
-    return Injection(model, plans, tuple(adapters), rows, unused, frozen, settings, object())
-
-
-def _refuse_replaced_forward(module: nn.Module, slot: str, sites: Sequence[Sequence[Site]]) -> None:
-    path = next(site.path for here in sites for site in here)
-    found = vars(module).get("forward")
-    if slot == "forward" and found is not None and not hasattr(found, FROZEN):
-        raise TypeError(
-            f"{path}: its forward was replaced on the instance, by {found!r}, which the adapter "
-            "would bypass; remove that, or leave the site out of the adapter"
-        )
+    return replace(work, replaced=replaced, frozen=frozen)

@@ -13,25 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lora_func._running import run_here
+from lora_func._running import runs_here
+from lora_func._selection import refuse_selected
 from lora_func._slots import Put, Slot
 from lora_func._transforms import WhileNeeded
 
 Loss: TypeAlias = Callable[..., Tensor]
 
-_WEIGHTED_BY_ELEMENT: tuple[Loss, ...] = (
+_MARK = "_lora_func_split"
+_WEIGHTED_BY_CLASS: tuple[Loss, ...] = (F.cross_entropy, F.nll_loss)
+_LOSSES: tuple[Loss, ...] = (
+    *_WEIGHTED_BY_CLASS,
     F.binary_cross_entropy,
     F.binary_cross_entropy_with_logits,
-)
-_LOSSES: tuple[Loss, ...] = (
-    *_WEIGHTED_BY_ELEMENT,
-    F.cross_entropy,
     F.huber_loss,
     F.kl_div,
     F.l1_loss,
     F.mse_loss,
-    F.nll_loss,
+    F.multilabel_soft_margin_loss,
     F.smooth_l1_loss,
+    F.soft_margin_loss,
 )
 
 
@@ -39,25 +40,34 @@ def _split(loss: Loss, adapters: int, args: Sequence[Any], kwargs: Mapping[str, 
     settings = dict(kwargs)
     given = [*args[:2], *(settings.pop(name) for name in ("input", "target")[len(args) :])]
     rows, rest = given[0].shape[:1], [*args[2:]]
+    refuse_selected(loss.__name__, given)
     apart = rows and rows[0] % adapters == 0 and given[1].shape[:1] == rows
     if not apart or kwargs.get("reduction") == "none":
         return loss(*args, **kwargs)
     weight = rest[0] if rest else settings.pop("weight", None)
-    if loss in _WEIGHTED_BY_ELEMENT and weight is not None and weight.shape[:1] == rows:
+    if loss not in _WEIGHTED_BY_CLASS and weight is not None and weight.shape[:1] == rows:
         given, rest = [*given, weight], rest[1:]
     elif not rest and weight is not None:
         settings["weight"] = weight
     share = rows[0] // adapters
     pieces = [value.reshape(adapters, share, *value.shape[1:]) for value in given]
     each = [loss(*(piece[k] for piece in pieces), *rest, **settings) for k in range(adapters)]
-    return torch.stack(each)
+    split = torch.stack(each)
+    if not torch.compiler.is_compiling():
+        setattr(split, _MARK, True)
+    return split
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a loss that was split: one number for each adapter."""
+    return hasattr(tensor, _MARK)
 
 
 def _wrapped(loss: Loss) -> Loss:
     @wraps(loss)
     def split(*args: Any, **kwargs: Any) -> Tensor:
-        run = run_here()
-        rows = None if run is None or run.work is None else run.work.rows
+        runs = runs_here()
+        rows = runs[-1].work.rows if runs and runs[-1].work else None
         return loss(*args, **kwargs) if rows is None else _split(loss, rows.adapters, args, kwargs)
 
     return split

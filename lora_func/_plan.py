@@ -11,7 +11,7 @@ from lora_func._keys import RANK, group
 from lora_func._modules import Structure, place_of, structure
 from lora_func._transforms import has_fast_path, transformed
 from lora_func._types import Variant
-from lora_func._weight import has_matrix, is_linear
+from lora_func._weight import bias_name, has_matrix, is_linear
 from lora_func.variants import by_name
 
 
@@ -26,6 +26,7 @@ class Site(NamedTuple):
             runs in the module's place, or its ``parameters`` say which.
         everywhere: Whether parameters are replaced for the whole call, wherever they are read, and
             not while their module runs alone.
+        claims: The parameters that nobody else may adapt; None for all of the module's.
         variant: The variant at work there.
         keys: Leaf -> key in the adapter.
     """
@@ -34,15 +35,9 @@ class Site(NamedTuple):
     module: Callable[[], nn.Module | None]
     parameter: str | None
     everywhere: bool
+    claims: set[str] | None
     variant: Variant
     keys: dict[str, str]
-
-    @property
-    def claims(self) -> set[str] | None:
-        """The parameters that nobody else may adapt; None for all of the module's."""
-        if self.variant.parameters is not None:
-            return {*self.keys}
-        return {self.parameter} if self.everywhere and self.parameter is not None else None
 
 
 class Plan(NamedTuple):
@@ -154,11 +149,23 @@ def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -
                 raise KeyError(
                     f"{keys[leaf]!r}: {type(module).__name__} {path!r} has no parameter {leaf!r}"
                 )
-        return Site(path, ref(module), None, True, variant, keys)
-    unread = _is_never_called(model, path)
-    if parameter is None and is_linear(module) and not unread:
-        return Site(path, ref(module), None, False, variant, keys)
-    if parameter is None and not has_matrix(module):
+        return Site(path, ref(module), None, True, {*keys}, variant, keys)
+    never_called = _is_never_called(model, path)
+    if parameter is None and is_linear(module) and not never_called:
+        return Site(path, ref(module), None, False, None, variant, keys)
+    name = parameter or "weight"
+    _refuse_without_matrix(path, module, name, variant, parameter is None)
+    claims = None
+    if parameter is not None or never_called:
+        beside = bias_name(module._parameters, name) if variant.bias is not None else None
+        claims = {name} if beside is None else {name, beside}
+    return Site(path, ref(module), name, claims is not None, claims, variant, keys)
+
+
+def _refuse_without_matrix(
+    path: str, module: nn.Module, name: str, variant: Variant, as_module: bool
+) -> None:
+    if as_module and not has_matrix(module):
         raise TypeError(
             f"{path}: {variant.name} adapts torch.nn.Linear, transformers' Conv1D, convolutions, "
             f"embeddings, and parameters by their own name; found {type(module).__name__}"
@@ -168,8 +175,10 @@ def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -
             f"{path}: {variant.name} is not linear in x and has no weight to put there; it adapts "
             "linear layers alone"
         )
-    everywhere = parameter is not None or unread
-    return Site(path, ref(module), parameter or "weight", everywhere, variant, keys)
+    if module._parameters.get(name) is None:
+        raise TypeError(f"{path}: its weight is computed when it is read; remove what computes it")
+    if getattr(module, "sparse", False):
+        raise TypeError(f"{path}: {variant.name} has no sparse gradients; set sparse=False")
 
 
 def _is_never_called(model: nn.Module, path: str) -> bool:

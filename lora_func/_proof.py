@@ -1,127 +1,168 @@
-"""Running adapters folded into the rows of a batch, and the proof that a model lets them."""
+"""One call for several adapters, and the proof that a model lets them share it."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from lora_func._call import fcall
+from lora_func._batch import LossFn, arguments, result
+from lora_func._compare import difference
 from lora_func._errors import FoldError
-from lora_func._fold import batch_of, fold_batch, of_adapter, refuse_mixed, unfold
+from lora_func._fold import batch_of, fold_batch, of_adapter, results, without_caches
+from lora_func._frozen import frozen_parameters, refuse_unused, shared_parameters
 from lora_func._inject import Injection, injection
 from lora_func._keys import parse
 from lora_func._losses import CompiledLossesApart
-from lora_func._modules import uncompiled
+from lora_func._modules import identities, structure, uncompiled
 from lora_func._plan import Plan, plan_of
 from lora_func._rows import Rows
-from lora_func._sites import frozen_parameters, shared_parameters
-from lora_func._slots import Put
+from lora_func._running import Run, refuse_others, running
+from lora_func._selection import Selections
+from lora_func._slots import Put, Slot
 from lora_func._transforms import active_transforms
 
-Stacks = Sequence[Mapping[str, Tensor]]
 
+class Sweep(NamedTuple):
+    """Adapters that run together.
 
-def fold(
-    model: nn.Module,
-    stacks: Stacks,
-    sizes: tuple[int, ...],
-    batch: Any,
-    batched: bool,
-    strict: bool,
-) -> Any:
-    """Run a model once on the rows of all adapters.
-
-    Args:
+    Attributes:
         model: The model.
         stacks: The adapters.
         sizes: The number of adapters in each stack.
         batch: As for ``vcall``.
         batched: Whether each adapter has its own.
+        loss_fn: As for ``fcall``.
         strict: As for ``fcall``.
-
-    Returns:
-        What the model gives, its loss as one for each adapter.
-
-    Raises:
-        FoldError: If the adapters cannot share a call.
+        origin: The run that this is a part of, if it is.
     """
-    count = sum(sizes)
-    args, kwargs, rows = fold_batch(batch, count, batched)
-    work = injection(model, stacks, Rows(sizes, rows))
-    for plan in work.plans:
-        _refuse_unfoldable(uncompiled(model), plan)
-    compiling = torch.compiler.is_compiling()
-    with work.inside(), CompiledLossesApart(count) if compiling else nullcontext():
-        output = work.call(args, kwargs)
-    _refuse_unread(work)
-    if strict:
-        work.refuse_unused()
-    refuse_mixed(output, count)
-    return output
+
+    model: nn.Module
+    stacks: Sequence[Mapping[str, Tensor]]
+    sizes: tuple[int, ...]
+    batch: Any
+    batched: bool
+    loss_fn: LossFn | None
+    strict: bool
+    origin: object = None
+
+    @property
+    def size(self) -> int:
+        """The number of adapters."""
+        return sum(self.sizes)
+
+    def together(self) -> Any:
+        """Run the model once on the rows of all adapters.
+
+        Returns:
+            What each adapter would give alone, stacked.
+
+        Raises:
+            FoldError: If the adapters cannot share a call.
+        """
+        args, kwargs, rows = fold_batch(self.batch, self.size, self.batched)
+        work = injection(self.model, self.stacks, Rows(self.sizes, rows), origin=self.origin)
+        for plan in work.plans:
+            _refuse_unfoldable(uncompiled(self.model), plan)
+        compiling = torch.compiler.is_compiling()
+        with work.inside(), CompiledLossesApart(self.size) if compiling else nullcontext():
+            output = work.call(args, kwargs)
+        _refuse_unread(work)
+        if self.strict:
+            refuse_unused(work.unused)
+        return results(output, self.batch, self.size, rows, self.batched, self.loss_fn)
+
+    def alone(self, k: int) -> Any:
+        """Return what ``fcall`` returns for one of them."""
+        batch = batch_of(self.batch, self.batched, k)
+        args, kwargs = arguments(batch)
+        work = injection(self.model, [self.adapter(k)], origin=self.origin)
+        with work.inside():
+            output = work.call(args, kwargs)
+        if self.strict:
+            refuse_unused(work.unused)
+        return result(output, batch, self.loss_fn)
+
+    def adapter(self, k: int) -> dict[str, Tensor]:
+        """Return one of the adapters."""
+        for stack, size in zip(self.stacks, self.sizes, strict=True):
+            if k < size:
+                return {key: leaf[k] for key, leaf in stack.items()}
+            k -= size
+        raise IndexError(k)
 
 
-def require_proof(
-    model: nn.Module,
-    stacks: Stacks,
-    sizes: tuple[int, ...],
-    batch: Any,
-    batched: bool,
-    strict: bool,
-) -> None:
+def require_proof(sweep: Sweep) -> None:
     """Compare the first fold of a layout with solo runs; later ones take its verdict.
 
     Args:
-        model: The model.
-        stacks: The adapters; only their shapes matter.
-        sizes: The number of adapters in each stack.
-        batch: As for ``vcall``.
-        batched: Whether each adapter has its own.
-        strict: As for ``fcall``.
+        sweep: The adapters and the batch; of both only what they are made of matters.
 
     Raises:
         FoldError: If a fold gives other numbers than solo runs.
         RuntimeError: If the comparison would have to be made inside ``torch.vmap``.
     """
-    verdicts = plan_of(uncompiled(model), stacks[0]).folds
-    layout = (*(tuple(stack) for stack in stacks), batched)
+    verdicts = plan_of(uncompiled(sweep.model), sweep.stacks[0]).folds
+    layout = (*(tuple(stack) for stack in sweep.stacks), sweep.batched, _kind(sweep.batch))
     if layout not in verdicts:
         if "Vmap" in active_transforms():
             raise RuntimeError(
                 "vcall: its first fold cannot be checked inside torch.vmap; call it once outside, "
                 'or pass check="never"'
             )
-        verdicts[layout] = _difference(model, stacks, sizes, batch, batched, strict)
+        verdicts[layout] = _difference(sweep)
     if verdicts[layout] is not None:
         raise FoldError(verdicts[layout])
 
 
-def _difference(
-    model: nn.Module,
-    stacks: Stacks,
-    sizes: tuple[int, ...],
-    batch: Any,
-    batched: bool,
-    strict: bool,
-) -> str | None:
+def _kind(batch: Any) -> tuple[Any, ...]:
+    """What a batch is made of, but for the number of its rows and what is in them."""
+    values, layout = tree_flatten(arguments(batch))
+    return str(layout), *(
+        (value.dtype, value.ndim) if isinstance(value, Tensor) else repr(value) for value in values
+    )
+
+
+def _difference(sweep: Sweep) -> str | None:
     """What tells a fold from solo runs, in eval mode and with leaves that are all different."""
-    stacks = [_moved(stack) for stack in stacks]
-    quiet = ((vars(module), "training", False) for module in uncompiled(model).modules())
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), Put(quiet):
-        together = unfold(fold(model, stacks, sizes, batch, batched, strict), sum(sizes))
-        for k, adapter in _first_and_last(stacks, sizes):
-            mine = batch_of(batch, batched, k)
-            alone = fcall(model, adapter, mine, loss_fn=lambda output, _: output, strict=strict)
-            off = _distance(of_adapter(together, k), alone)
+    sweep = sweep._replace(
+        stacks=[_moved(stack) for stack in sweep.stacks],
+        loss_fn=None if sweep.loss_fn is None else lambda output, _: output,
+        origin=object(),
+    )
+    quiet = Put(_quiet_slots(uncompiled(sweep.model), sweep.origin))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet:
+        with Selections():  # type: ignore[no-untyped-call]
+            together = _copied(sweep).together()
+        starts = [sum(sweep.sizes[:i]) for i in range(len(sweep.sizes) + 1)]
+        for k in sorted({*starts[:-1], *(start - 1 for start in starts[1:])}):
+            alone = without_caches(_copied(sweep).alone(k))
+            off = difference(of_adapter(together, k), alone, _precision(sweep))
             if off is not None:
                 return (
                     f"the model gives adapter {k} another output in a batch with others than alone "
-                    f"(off by {off:.1e} of its norm): its rows depend on each other, or on their "
-                    'number; if it is only rounding, pass check="never"'
+                    f"({off}): its rows depend on each other, or on their number; if it is only "
+                    'rounding, pass check="never"'
                 )
     return None
+
+
+def _copied(sweep: Sweep) -> Sweep:
+    """The same with a batch into which a model may write."""
+    batch = dict(sweep.batch) if isinstance(sweep.batch, Mapping) else sweep.batch
+    copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, batch)
+    return sweep._replace(batch=copies)
+
+
+def _quiet_slots(model: nn.Module, origin: object) -> Iterator[Slot]:
+    """Take the model for ourselves, and put it into eval mode."""
+    token, modules = object(), identities(structure(model))
+    yield running, token, Run(modules, modules, origin, None, threading.get_ident())
+    refuse_others(token)
+    yield from ((vars(module), "training", False) for module in model.modules())
 
 
 def _moved(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,25 +177,15 @@ def _moved(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: leaf if parse(key).is_constant else moved(leaf) for key, leaf in stack.items()}
 
 
-def _first_and_last(
-    stacks: Stacks, sizes: tuple[int, ...]
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    first = 0
-    for stack, size in zip(stacks, sizes, strict=True):
-        for k in sorted({0, size - 1}):
-            yield first + k, {key: leaf[k] for key, leaf in stack.items()}
-        first += size
-
-
-def _distance(ours: Any, theirs: Any) -> float | None:
-    """How far two outputs are apart, relative to the second; None if it is rounding."""
-    for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
-        if not isinstance(b, Tensor) or not b.is_floating_point():
-            continue
-        off = float((a - b).norm() / b.norm().clamp(min=1e-30))
-        if not off <= torch.finfo(b.dtype).eps ** 0.5 and not torch.equal(a, b):
-            return off
-    return None
+def _precision(sweep: Sweep) -> float:
+    """The coarsest epsilon that something is computed with."""
+    dtypes = {parameter.dtype for parameter in sweep.model.parameters()}
+    dtypes |= {value.dtype for value in tree_leaves(sweep.batch) if isinstance(value, Tensor)}
+    for kind in {parameter.device.type for parameter in sweep.model.parameters()}:
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
 
 
 def _refuse_unfoldable(model: nn.Module, plan: Plan) -> None:

@@ -15,7 +15,7 @@ def rematerialised(first: Function, again: Function, tensors: Sequence[Tensor]) 
     """Run a function of tensors, of whose intermediate results none is kept for the backward pass.
 
     Args:
-        first: The function; gives a tuple of tensors, none of them an input itself.
+        first: The function; gives a tuple of tensors.
         again: The same function for repetitions, with the surroundings of the first run.
         tensors: All that it depends on and that may be differentiated.
 
@@ -29,11 +29,14 @@ def rematerialised(first: Function, again: Function, tensors: Sequence[Tensor]) 
 class _Remat(torch.autograd.Function):
     @staticmethod
     def forward(first: Function, again: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return first(*tensors)
+        inputs = {id(tensor) for tensor in tensors}
+        # autograd does not save an input that is an output
+        return tuple(o.view_as(o) if id(o) in inputs else o for o in first(*tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
         _, ctx.again, *tensors = inputs
+        ctx.outputs = [_has_derivative(tensor) for tensor in output]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -49,7 +52,7 @@ class _Remat(torch.autograd.Function):
             pulled: tuple[Tensor, ...] = vjp(cotangents)
             return pulled
 
-        floats = [g for g in gradients if g.is_floating_point()]
+        floats = [gradient for gradient in gradients if _has_derivative(gradient)]
         # torch.func.grad always asks for a graph of the backward pass: it must keep nothing either
         pulled = dict(
             zip(wanted, rematerialised(pull_back, pull_back, [*tensors, *floats]), strict=True)
@@ -72,7 +75,8 @@ class _Remat(torch.autograd.Function):
         moving = {i: tangent for i, tangent in enumerate(tangents) if tangent is not None}
         of_moving = _restricted(ctx.again, [*moving], len(tensors))(tensors)
         point = tuple(tensors[i] for i in moving)
-        return torch.func.jvp(of_moving, point, tuple(moving.values()))[1]
+        slopes = iter(torch.func.jvp(of_moving, point, tuple(moving.values()))[1])
+        return tuple(next(slopes) if differentiable else None for differentiable in ctx.outputs)
 
 
 def _restricted(
@@ -84,11 +88,15 @@ def _restricted(
         def restricted(*moved: Tensor) -> tuple[Tensor, ...]:
             given = dict(zip(places, moved, strict=True))
             outputs = function(*(given.get(i, tensors[i]) for i in range(count)))
-            return tuple(output for output in outputs if output.is_floating_point())
+            return tuple(output for output in outputs if _has_derivative(output))
 
         return restricted
 
     return fix
+
+
+def _has_derivative(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def surroundings(tensors: Sequence[Tensor]) -> Callable[[], AbstractContextManager[None]]:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lora_func._errors import FoldError
+from lora_func._frozen import Forward
 from lora_func._plan import Site
-from lora_func._sites import Forward, leaves_of, run_sites, runs_apply
+from lora_func._selection import refuse_selected
+from lora_func._sites import leaves_of, run_sites, runs_apply
 
 
 class Rows(NamedTuple):
@@ -63,6 +65,7 @@ def folded_forward(
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         values, layout = tree_flatten((args, kwargs))
+        refuse_selected(path, values)
         places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
         share = _rows_of_one(path, [values[i] for i in places], rows)
         sizes = [part.size * share for part in parts]
@@ -117,4 +120,8 @@ def _run_part(
 
 
 def _joined(*pieces: Any) -> Any:
-    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else pieces[0]
+    if not isinstance(pieces[0], Tensor):
+        return pieces[0]
+    if not pieces[0].ndim:
+        raise FoldError("an adapted module gives a number, which adapters cannot share")
+    return torch.cat(pieces)

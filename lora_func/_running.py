@@ -27,12 +27,12 @@ class Work(Protocol):
 
     def redo(
         self,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor] | None,
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Call a function while the work, with these tensors, is in the model."""
+        """Call a function while the work is in the model, with other tensors if there are some."""
 
 
 class Run(NamedTuple):
@@ -63,11 +63,10 @@ running: dict[object, Run] = {}
 """The adapters at work in this process, in the order in which they began; by a token each."""
 
 
-def run_here() -> Run | None:
-    """Return the run that began last in this thread, if it can be repeated."""
+def runs_here() -> list[Run]:
+    """Return the runs of this thread that can be repeated, in the order in which they began."""
     here = threading.get_ident()
-    found = [run for run in [*running.values()] if run.work is not None and run.thread == here]
-    return found[-1] if found else None
+    return [run for run in [*running.values()] if run.work is not None and run.thread == here]
 
 
 def is_running(origin: object) -> bool:

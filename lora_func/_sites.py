@@ -1,67 +1,16 @@
-"""How an adapted site computes, and what its module has without an adapter."""
+"""How an adapted site computes."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_func._frozen import Forward, Watched, frozen_parameters, shared_parameters
 from lora_func._keys import SHARED, parse
-from lora_func._modules import forward_slot
 from lora_func._plan import Site
 from lora_func._slots import Put, Slot
-from lora_func._weight import Affine, affine, bias_name, matrix, stored
-
-Forward: TypeAlias = Callable[..., Any]
-
-FROZEN = "_lora_func_frozen"
-"""Where a forward of ours keeps the one whose place it takes."""
-
-
-class Watched(dict[str, Tensor]):
-    """A dict that strikes what is read from it off a list.
-
-    Attributes:
-        frozen: The dict whose place it takes, if it takes one's.
-    """
-
-    __slots__ = ("_keys", "_unused", "frozen")
-
-    def __init__(
-        self,
-        values: Mapping[str, Tensor],
-        keys: Mapping[str, Collection[str]],
-        unused: set[str],
-        frozen: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(values)
-        self._keys = keys
-        self._unused = unused
-        self.frozen = frozen
-
-    def __getitem__(self, name: str) -> Tensor:
-        self._unused.difference_update(self._keys.get(name, ()))
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self._unused.difference_update(self._keys.get(name, ()))
-        return super().get(name, default)
-
-    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
-        return dict, (dict(self),)
-
-
-def frozen_forward(module: nn.Module) -> Forward:
-    """Return what a module runs without an adapter."""
-    found: Forward = getattr(module, forward_slot(module))
-    return getattr(found, FROZEN, found)
-
-
-def frozen_parameters(module: nn.Module) -> Mapping[str, Tensor]:
-    """Return a module's parameters as they are without an adapter."""
-    own: Any = module._parameters
-    frozen: Mapping[str, Tensor] | None = getattr(own, "frozen", None)
-    return own if frozen is None else frozen
+from lora_func._weight import Affine, affine, bias_name, is_stack, matrix, stored
 
 
 def leaves_of(
@@ -122,69 +71,69 @@ def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
     return site.parameter is None and own and not more
 
 
-def parameter_slots(
-    model: nn.Module,
-    sites: Iterable[Site],
-    params: Mapping[str, Tensor],
-    unused: set[str] | None,
-) -> Iterator[Slot]:
-    """Say what to write where for parameters that are replaced for a whole call.
+class Replacement(NamedTuple):
+    """Parameters of one module that are others for a whole call.
+
+    Attributes:
+        module: The module.
+        new: The new ones, by name.
+        reads: The keys that reading one of them uses.
+    """
+
+    module: nn.Module
+    new: dict[str, Tensor]
+    reads: dict[str, set[str]]
+
+
+def replacements(
+    model: nn.Module, sites: Iterable[Site], params: Mapping[str, Tensor]
+) -> tuple[Replacement, ...]:
+    """Compute the parameters that are replaced for a whole call.
 
     Args:
         model: The model; a parameter that several modules share is replaced in each of them.
         sites: The sites, as far as they replace parameters everywhere.
         params: The adapter.
-        unused: Keys, of which those are struck off that are read.
 
-    Yields:
-        Slots.
+    Returns:
+        What is replaced in each module.
     """
-    changed: dict[int, tuple[nn.Module, dict[str, Tensor], dict[str, set[str]]]] = {}
+    changed: dict[int, Replacement] = {}
     places = shared_parameters(model)
     for site in sites:
         module = site.module()
         assert module is not None
         own, unread = frozen_parameters(module), {*site.keys.values()}
-        leaves = leaves_of(site, params, None if unused is None else unread)
-        for name, tensor in _effective(site, module, own, leaves).items():
-            read = {site.keys[name]} if name in site.keys else {*site.keys.values()} - unread
+        base = {name: None if p is None else p.detach() for name, p in own.items()}
+        leaves = leaves_of(site, params, None if torch.compiler.is_compiling() else unread)
+        for name, tensor in _effective(site, module, base, leaves).items():
+            read = {site.keys[name]} if site.parameter is None else {*site.keys.values()} - unread
             for holder, alias in places.get(id(own[name]), [(module, name)]):
-                _, new, reads = changed.setdefault(id(holder), (holder, {}, {}))
-                new[alias], reads[alias] = tensor, read
-    for holder, new, reads in changed.values():
-        own = frozen_parameters(holder)
-        if unused is None:
-            yield from ((holder._parameters, name, tensor) for name, tensor in new.items())
-        else:
-            yield vars(holder), "_parameters", Watched({**own, **new}, reads, unused, own)
+                found = changed.setdefault(id(holder), Replacement(holder, {}, {}))
+                found.new[alias], found.reads[alias] = tensor, read
+    return tuple(changed.values())
 
 
-def replaced_ids(sites: Iterable[Site]) -> set[int]:
-    """Return the ids of the parameters that are replaced for a whole call."""
-    ids = set()
-    for site in sites:
-        module = site.module()
-        assert module is not None
+def parameter_slots(replaced: Iterable[Replacement], unused: set[str] | None) -> Iterator[Slot]:
+    """Say what to write where for parameters that are replaced for a whole call.
+
+    Args:
+        replaced: What is replaced.
+        unused: Keys, of which those are struck off that are read.
+
+    Yields:
+        Slots.
+    """
+    for module, new, reads in replaced:
         own = frozen_parameters(module)
-        names = {*site.keys} if site.parameter is None else {site.parameter}
-        if site.parameter is not None and site.variant.bias is not None:
-            names |= {bias_name(own, site.parameter) or site.parameter}
-        ids |= {id(own[name]) for name in names}
-    return ids
-
-
-def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return the places, module and name, of each parameter of a model, by its id."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in frozen_parameters(module).items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, name))
-    return places
+        if unused is None:
+            yield from ((module._parameters, name, tensor) for name, tensor in new.items())
+        else:
+            yield vars(module), "_parameters", Watched({**own, **new}, reads, unused, own)
 
 
 def _effective(
-    site: Site, module: nn.Module, own: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+    site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The parameters with which a module computes what the adapted one does, by name."""
     name = site.parameter
@@ -209,19 +158,18 @@ def _views(site: Site, W: Affine, leaves: Mapping[str, Tensor]) -> tuple[Tensor,
     """The adapted weight, or stack of them, and the bias where the variant changes it."""
     variant = site.variant
 
-    def views(weight: Tensor, bias: Tensor | None, leaves: Mapping[str, Tensor]) -> Any:
+    def views(weight: Tensor, bias: Tensor | None, own: Mapping[str, Tensor]) -> Any:
         assert variant.weight is not None
-        new = None if variant.bias is None else variant.bias(bias, leaves)
-        both = (variant.weight(Affine(weight, bias), leaves), new)
-        return both if new is not None else both[:1]
+        own = leaves.over(own) if isinstance(leaves, Watched) else own
+        new = None if variant.bias is None else variant.bias(bias, own)
+        changed = variant.weight(Affine(weight, bias), own)
+        return (changed,) if new is None else (changed, new.to(changed.dtype))
 
-    weight, bias = W.weight.detach(), None if W.bias is None else W.bias.detach()
-    if weight.ndim == 3:
+    if is_stack(W):
         shared = {leaf for leaf, key in site.keys.items() if parse(key).site == SHARED}
         dims = {leaf: None if leaf in shared else 0 for leaf in leaves}
-        leaves = {leaf: leaves[leaf] for leaf in leaves}
-        views = torch.vmap(views, in_dims=(0, None if bias is None else 0, dims))
-    new_weight, *new_bias = views(weight, bias, leaves)
+        views = torch.vmap(views, in_dims=(0, None if W.bias is None else 0, dims))
+    new_weight, *new_bias = views(*W, dict(leaves))
     return new_weight, new_bias[0] if new_bias else None
 
 

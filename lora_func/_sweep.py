@@ -1,21 +1,18 @@
 """Sweeps: K adapters in one call of one frozen model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lora_func._batch import LossFn
-from lora_func._call import fcall
 from lora_func._checks import check_choice, check_count, check_number
-from lora_func._errors import FoldError
-from lora_func._fold import batch_of, joined, refuse_other_axes, results
+from lora_func._fold import batch_of, joined, refuse_other_axes
+from lora_func._fold import stacked as stacked_results
 from lora_func._keys import partition
-from lora_func._proof import fold, require_proof
+from lora_func._proof import Sweep, require_proof
 from lora_func._stack import size_of
-from lora_func._types import Params
 
 Stack: TypeAlias = Mapping[str, Tensor]
 
@@ -51,9 +48,10 @@ def vcall(
             have given for it alone.
         batched: Whether each adapter has a batch of its own: tensors (K, rows, ...).
         chunk: How many adapters to run at a time, to save memory; None for all.
-        check: "first": compare the first call of a model with adapters of these keys with solo
-            runs, of the first and the last adapter of each stack, in eval mode, with random
-            leaves. "never": trust that the model keeps its rows apart.
+        check: "first": compare the first call of a model with adapters of these keys and a batch of
+            these parts with solo runs, of the first and the last adapter of each stack, in eval
+            mode, with random leaves. "never": trust that the model keeps its rows apart, as is
+            done while compiling.
         fallback: What to do where the adapters cannot share a call: "raise", or "loop" over them.
         strict: As for ``fcall``.
 
@@ -86,90 +84,50 @@ def vcall(
     if batched:
         refuse_other_axes(batch, sum(map(size_of, stacks)))
     pieces = []
-    for share in _shares(stacks, chunk):
-        mine = batch_of(batch, batched, share.place)
-        try:
-            piece = _together(model, share, mine, loss_fn, batched, check, strict)
-        except FoldError:
-            if fallback == "raise":
-                raise
-            piece = _one_by_one(model, share, mine, loss_fn, batched, strict)
-        pieces.append(piece)
+    for share, place in _shares(stacks, chunk):
+        own, sizes = batch_of(batch, batched, place), tuple(map(size_of, share))
+        sweep = Sweep(model, share, sizes, own, batched, loss_fn, strict)
+        pieces.append(_run(sweep, check, fallback))
     return joined(pieces)
 
 
-class _Share(NamedTuple):
-    """Adapters that run together.
-
-    Attributes:
-        stacks: Them.
-        sizes: The number of adapters in each stack.
-        place: Where they stand among all.
-    """
-
-    stacks: Sequence[Stack]
-    sizes: tuple[int, ...]
-    place: slice
-
-    def adapters(self) -> Iterator[Params]:
-        """Each of them."""
-        for stack, size in zip(self.stacks, self.sizes, strict=True):
-            yield from ({key: leaf[k] for key, leaf in stack.items()} for k in range(size))
-
-
-def _shares(stacks: Sequence[Stack], chunk: int | None) -> Iterator[_Share]:
+def _shares(stacks: Sequence[Stack], chunk: int | None) -> Iterator[tuple[list[Stack], slice]]:
+    """The adapters that run together, and where they stand among all."""
     sizes = [size_of(stack) for stack in stacks]
     if not sum(sizes):
         raise ValueError("stacked: got no adapter")
     if chunk is None or sum(sizes) <= chunk:
-        yield _Share(stacks, tuple(sizes), slice(0, sum(sizes)))
+        yield [*stacks], slice(0, sum(sizes))
         return
     for start in range(0, sum(sizes), chunk):
-        stop, first, cut = min(start + chunk, sum(sizes)), 0, []
+        stop, first = min(start + chunk, sum(sizes)), 0
+        share: list[Stack] = []
         for stack, size in zip(stacks, sizes, strict=True):
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                cut.append({key: leaf[low:high] for key, leaf in stack.items()})
+                share.append({key: leaf[low:high] for key, leaf in stack.items()})
             first += size
-        yield _Share(cut, tuple(map(size_of, cut)), slice(start, stop))
+        yield share, slice(start, stop)
 
 
-def _together(
-    model: nn.Module,
-    share: _Share,
-    batch: Any,
-    loss_fn: LossFn | None,
-    batched: bool,
-    check: str,
-    strict: bool,
-) -> Any:
-    count = sum(share.sizes)
-    if check == "first" and count > 1 and not torch.compiler.is_compiling():
-        require_proof(model, share.stacks, share.sizes, batch, batched, strict)
-    output = fold(model, share.stacks, share.sizes, batch, batched, strict)
-    return results(output, batch, count, batched, loss_fn)
-
-
-def _one_by_one(
-    model: nn.Module,
-    share: _Share,
-    batch: Any,
-    loss_fn: LossFn | None,
-    batched: bool,
-    strict: bool,
-) -> Any:
-    each = [
-        fcall(model, adapter, batch_of(batch, batched, k), loss_fn=loss_fn, strict=strict)
-        for k, adapter in enumerate(share.adapters())
-    ]
-    return tree_map(lambda *values: torch.stack(values), *each)
+def _run(sweep: Sweep, check: str, fallback: str) -> Any:
+    if sweep.size > 1:
+        try:
+            if check == "first" and not torch.compiler.is_compiling():
+                require_proof(sweep)
+            return sweep.together()
+        except Exception:
+            if fallback == "raise":
+                raise
+    return stacked_results([sweep.alone(k) for k in range(sweep.size)])
 
 
 def clip_grad_norm(adapters: Stack | Sequence[Stack], max_norm: float) -> Tensor:
     """Scale the gradients of each adapter down to a norm, each by itself.
 
     Args:
-        adapters: Adapters whose leaves have gradients, or one stack of them.
+        adapters: Adapters whose leaves have gradients, or one stack of them; of several stacks
+            each is clipped by a call of its own.
         max_norm: The largest norm that is left as it is.
 
     Returns:
@@ -188,7 +146,7 @@ def clip_grad_norm(adapters: Stack | Sequence[Stack], max_norm: float) -> Tensor
         each = [partition(adapter)[0].values() for adapter in adapters]
         return torch.stack([torch.nn.utils.clip_grad_norm_(leaves, max_norm) for leaves in each])
     gradients = [leaf.grad for leaf in adapters.values() if leaf.grad is not None]
-    of_each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+    of_each = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(of_each), dim=0)
     for gradient in gradients:
         shape = (-1, *[1] * (gradient.ndim - 1))

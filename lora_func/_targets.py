@@ -158,7 +158,7 @@ def _refuse_unadaptable(model: nn.Module, target: Target) -> None:
         )
     if name is not None:
         try:
-            W = matrix(module, dict(module.named_parameters(recurse=False)), name)
+            W = matrix(module, module._parameters, name)
         except TypeError as error:
             raise TypeError(
                 f"{target.site}: {error}; accepted are parameters of two or three axes"

@@ -116,7 +116,7 @@ def has_matrix(module: nn.Module) -> bool:
     return is_linear(module) or _is_convolution(module) or isinstance(module, nn.Embedding)
 
 
-def matrix(module: nn.Module, own: Mapping[str, Tensor], name: str = "weight") -> Affine:
+def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> Affine:
     """Read a parameter as the matrix of an affine map, with its bias where it has one.
 
     A convolution of shape (d_out, c, ...) is the matrix (d_out, c * ...), an embedding of shape
@@ -137,14 +137,19 @@ def matrix(module: nn.Module, own: Mapping[str, Tensor], name: str = "weight") -
     found = own[name]
     if _is_convolution(module) and name == "weight":
         found = found.flatten(1)
-    elif found.ndim not in (2, 3):
+    elif found.ndim not in (2, 3) or isinstance(module, _ConvTransposeNd):
         raise TypeError(f"{name!r} has shape {tuple(found.shape)} and is no matrix")
     beside = bias_name(own, name)
     bias = None if beside is None else own[beside]
+    if bias is not None and bias.ndim != found.ndim - 1:
+        raise TypeError(
+            f"{name!r} has shape {tuple(found.shape)}, {beside!r} {tuple(bias.shape)}: no matrix "
+            "with its bias, and no stack of them"
+        )
     return Affine(found.mT if _is_transposed(module, name, found) else found, bias)
 
 
-def stored(module: nn.Module, own: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
+def stored(module: nn.Module, own: Mapping[str, Any], name: str, weight: Tensor) -> Tensor:
     """Give what ``matrix`` read back the layout in which the module keeps it."""
     found = weight.mT if _is_transposed(module, name, weight) else weight
     return found.reshape(own[name].shape)
@@ -163,7 +168,7 @@ def matrices(W: Any) -> list[Any]:
     return [Affine(weight, bias) for weight, bias in zip(W.weight, biases, strict=True)]
 
 
-def bias_name(own: Mapping[str, Tensor], name: str) -> str | None:
+def bias_name(own: Mapping[str, Any], name: str) -> str | None:
     """Name the parameter, possibly None, that is added to what a weight gives."""
     beside = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
     return beside if beside in own else None

@@ -15,10 +15,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # a module may import from the rows above its own
 LAYERS = [
-    {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch"},
+    {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch", "_compare"},
+    {"_frozen"},
     {"_config", "_padding"},
     {"_types"},
-    {"_linalg", "_keys", "_transforms", "_roles", "_patterns", "_layers", "_running", "_remat"},
+    {
+        "_linalg",
+        "_keys",
+        "_transforms",
+        "_roles",
+        "_selection",
+        "_patterns",
+        "_layers",
+        "_running",
+        "_remat",
+    },
     {"_moments", "_low_rank", "_calibrate", "_checkpoint", "_losses", "_parameters"},
     {f"variants.{file.stem}" for file in PACKAGE.glob("variants/[!_]*.py")}
     | {"variants._template"},

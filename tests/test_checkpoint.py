@@ -11,13 +11,14 @@ from torch.utils.checkpoint import (
     checkpoint_sequential,
     create_selective_checkpoint_contexts,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
 import lora_func as lf
+from tests.families import FAMILIES
 from tests.models import batch_for, make, scramble
 from tests.test_call import assert_same, snapshot
 
-FAMILIES = ["qwen3", "gpt2", "bert"]
-EACH_MODEL = pytest.mark.parametrize("family", FAMILIES)
+EACH_MODEL = pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert"])
 OVER_ADAPTERS = (None, 0, None)
 
 
@@ -92,6 +93,61 @@ def gradients(model, params, batch):
 
 def same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+class Box:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Hidden(nn.Module):
+    """Runs a module that is not registered as its child."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.parts = [module]
+
+    def forward(self, x):
+        return self.parts[0](x)
+
+
+def again(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+# what a checkpointed function may depend on beside its arguments, and what it may give
+HIDDEN = {
+    "a default": lambda run, block, x: (lambda c: run(lambda y, c=c: torch.tanh(block(y)) * c, x))(
+        block(x)
+    ),
+    "a partial in a closure": lambda run, block, x: (lambda f: run(lambda y: f(y), x))(
+        partial(lambda c, y: block(y) * c, block(x))
+    ),
+    "an object as argument": lambda run, block, x: run(
+        lambda y, box: block(y) * box.tensor, x, Box(block(x))
+    ),
+    "an object as result": lambda run, block, x: run(lambda y: Box(block(y)), block(x)).tensor,
+    "two modules of a partial": lambda run, block, x: run(
+        partial(lambda a, b, y: b(torch.tanh(a(y))), block.up, block.down), block.norm(x)
+    ),
+    "a module that is not registered": lambda run, block, x: run(Hidden(block), block(x)),
+    "no module at all": lambda run, block, x: run(torch.add, block(x), block(2 * x)),
+    "integers": lambda run, block, x: run(lambda y: (block(y), y.argmax(-1), 3), block(x))[0],
+    "complex numbers": lambda run, block, x: torch.view_as_real(
+        run(lambda y: torch.view_as_complex(block(y).unflatten(-1, (-1, 2)).contiguous()), x)
+    ).flatten(-2),
+    "an argument itself": lambda run, block, x: run(lambda y: (y, block(y)), block(x))[0],
+}
+
+
+@pytest.mark.parametrize("way", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "requires grad"])
+def test_what_a_function_hides_is_differentiated_too(way, requires_grad):
+    x = torch.randn(4, 8)
+    model = own_model(partial(way, again), requires_grad)
+    without = own_model(partial(way, lambda function, *args: function(*args)), requires_grad)
+    same(gradients(model, adapter(model), x), gradients(without, adapter(model), x))
+    assert_transforms_agree(model, without, adapter, x)
 
 
 @EACH_WAY
@@ -178,6 +234,57 @@ def test_hugging_face_under_transforms(family):
     without = copy.deepcopy(model)
     model.activation_checkpointing_enable()
     assert_transforms_agree(model, without, on_all, batch_for(model))
+
+
+@pytest.mark.parametrize("family", ["qwen3 moe", "mixtral", "mamba2", "gemma3, tied"])
+def test_parameters_that_are_replaced_everywhere(family):
+    family = FAMILIES[family]
+    model = family.make().train()
+    batch, params = family.batch(), family.adapter(model)
+    expected = gradients(model, params, batch)
+    model.activation_checkpointing_enable()
+    same(gradients(model, params, batch), expected)
+    functional = torch.func.grad(lf.fcall, argnums=1)(model, params, batch)
+    same({key: functional[key] for key in expected}, expected)
+
+
+def test_as_many_rows_as_ranks():
+    """Where the parts of an effective weight could pass for activations."""
+    x = torch.randn(8, 8)
+    cfg = lf.LoRA(r=8, target_modules=(), target_parameters=r"up\.weight|down\.weight")
+    model, without = own_model(WAYS["module"]), own_model(once)
+    params = scramble(lf.init(model, cfg))
+    same(gradients(model, params, x), gradients(without, params, x))
+
+
+def test_two_models_with_adapters_in_one_thread():
+    x, models = torch.randn(4, 8), [own_model(WAYS["module"], True) for _ in range(2)]
+    params = [adapter(model, seed) for seed, model in enumerate(models)]
+    leaves = [leaf for one in params for leaf in lf.partition(one)[0].values()]
+
+    def loss(models):
+        with lf.adapted(models[0], params[0]), lf.adapted(models[1], params[1]):
+            return models[0](x) + models[1](x)
+
+    plain = [own_model(once, True) for _ in range(2)]
+    same(torch.autograd.grad(loss(models), leaves), torch.autograd.grad(loss(plain), leaves))
+
+
+def test_a_loss_inside_a_checkpoint():
+    class Model(Checkpointed):
+        def forward(self, x):
+            loss = torch.nn.functional.mse_loss
+            return Output(loss=self.how(lambda y: loss(self.blocks[0](y), y + 1), x))
+
+    torch.manual_seed(0)
+    model, x = Model(again).requires_grad_(False), torch.randn(4, 8)
+    adapters = [adapter(model, seed) for seed in range(3)]
+    adapters = [{k: v for k, v in one.items() if "blocks.0" in k} for one in adapters]
+    leaves = [leaf for one in adapters for leaf in lf.partition(one)[0].values()]
+    losses = lf.vcall(model, lf.stack(adapters), x)
+    loop = torch.stack([lf.fcall(model, one, x) for one in adapters])
+    same(losses, loop)
+    same(torch.autograd.grad(losses.sum(), leaves), torch.autograd.grad(loop.sum(), leaves))
 
 
 def test_the_old_name():

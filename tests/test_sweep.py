@@ -1,6 +1,7 @@
 """vcall: a sweep of K is K solo runs, and what cannot be one call is refused."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import lora_func as lf
 from tests.families import of_class, text
 from tests.models import batch_for, make, scramble
 from tests.test_call import assert_same, snapshot
+from tests.test_running import Gate
 from tests.test_variants import ADAPTERS, adapter, families
 
 OVER_ADAPTERS = (None, 0, None)
@@ -388,6 +390,181 @@ def test_a_model_that_mixes_rows_is_found_out(mix):
     assert_same(before, model)
 
 
+class Selects(nn.Module):
+    """A head on the tokens that a mask selects."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        hidden = self.first(x)
+        output = torch.zeros_like(hidden)
+        output[mask] = self.second(hidden[mask])
+        return output
+
+
+class Routes(nn.Module):
+    """Experts that are layers, each of which gets the tokens that are sent to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(4, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)
+        to, output = self.router(tokens).argmax(-1), torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            mine = torch.where(to == i)[0]
+            output = output.index_add(0, mine, expert(tokens[mine]))
+        return self.last(output.view(x.shape))
+
+
+class ActiveLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, labels):
+        active = labels >= 0
+        loss = nn.functional.cross_entropy(self.layer(x)[active], labels[active])
+        return ModelOutput(loss=loss)
+
+
+def test_rows_that_are_selected_by_their_values_are_refused():
+    """As many of them as there are rows for all adapters do not make a share of each."""
+    x, many = torch.randn(4, 1, 8, 4), {"batched": True, "fallback": "raise"}
+    counts = torch.tensor([5, 4, 6, 5])[:, None, None]
+    mask = torch.arange(8).expand(4, 1, 8) < counts
+    labels = torch.where(mask, 1, -1)
+    for model, batch, where in (
+        (Selects(), (x, mask), "second"),
+        (ActiveLoss(), (x, labels), "cross_entropy"),
+    ):
+        model.requires_grad_(False)
+        adapters = [lora(model, seed) for seed in range(4)]
+        with pytest.raises(lf.FoldError, match=f"{where}: the model selects rows by their values"):
+            lf.vcall(model, lf.stack(adapters), batch, **many)
+        batches = [tuple(part[k] for part in batch) for k in range(4)]
+        loop = [lf.fcall(model, *pair) for pair in zip(adapters, batches, strict=True)]
+        ours = lf.vcall(model, lf.stack(adapters), batch, batched=True, fallback="loop")
+        same(ours, torch.stack(loop))
+
+
+def test_experts_that_are_layers():
+    model, x = Routes().requires_grad_(False), torch.randn(1, 8, 4)
+    adapters = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(2)]
+    with pytest.raises(lf.FoldError, match=r"experts\.\d: the model selects rows by their values"):
+        lf.vcall(model, lf.stack(adapters), x)
+    # what stands behind them has its rows again
+    adapters = [lora(model, seed, target_modules=["router", "last"]) for seed in range(2)]
+    loop = torch.stack([lf.fcall(model, one, x) for one in adapters])
+    same(lf.vcall(model, lf.stack(adapters), x), loop)
+
+
+def test_another_kind_of_batch_is_checked_anew():
+    class Model(Own):
+        def forward(self, x, labels=None, mix=False):
+            y = self.layer(x)
+            loss = None if labels is None else (y - labels).var(0).mean() * torch.ones(3)
+            return ModelOutput(logits=y - y.mean(0) if mix else y, loss=loss)
+
+    model = Model(None).requires_grad_(False)
+    stacked = lf.stack([lora(model, seed) for seed in range(3)])
+    lf.vcall(model, stacked, {"x": X})
+    for more in ({"mix": True}, {"labels": X}):
+        with pytest.raises(lf.FoldError, match="another output in a batch with others"):
+            lf.vcall(model, stacked, {"x": X, **more})
+    lf.vcall(model, stacked, {"x": X})
+
+
+UNTOLD = {
+    "a count": lambda y: {"y": y, "n": len(y)},
+    "a distribution": lambda y: {"y": y, "d": torch.distributions.Categorical(logits=y)},
+    "integers": lambda y: {"y": y, "p": torch.arange(6)},
+    "a table": lambda y: {"y": y, "p": torch.arange(4.0)},
+    "mixed integers": lambda y: (y.sum() * 1000).long().expand(len(y)),
+    "mixed complex numbers": lambda y: torch.fft.fft(y, dim=0),
+    "a list of rows": lambda y: [*y],
+}
+
+
+@pytest.mark.parametrize("output", UNTOLD.values(), ids=UNTOLD)
+def test_outputs_that_cannot_be_told_apart(output):
+    model = Own(lambda model, x: output(model.layer(x))).requires_grad_(False)
+    stacked = lf.stack([lora(model, seed) for seed in range(2)])
+    with pytest.raises(lf.FoldError):
+        lf.vcall(model, stacked, X)
+
+
+def test_what_an_output_may_hold_beside_rows():
+    def output(model, x):
+        y = model.layer(x)
+        masked = y.masked_fill(torch.arange(4) == 0, -torch.inf)
+        return {"y": masked, "loss": nn.functional.mse_loss(y, x), "name": "one", "none": None}
+
+    model = Own(output).requires_grad_(False)
+    adapters = [lora(model, seed) for seed in range(3)]
+    for rows in (3, 1):
+        for chunk in (None, 2):
+            ours = lf.vcall(model, lf.stack(adapters), X[:rows], chunk=chunk)
+            loop = [lf.fcall(model, one, X[:rows]) for one in adapters]
+            same(ours["y"], torch.stack([one["y"] for one in loop]))
+            same(ours["loss"], torch.stack([one["loss"] for one in loop]))
+            assert ours["name"] == "one"
+
+
+@EACH_MODEL
+def test_one_row_and_one_adapter(family):
+    model = frozen(family)
+    batch = {key: tensor[:1] for key, tensor in batch_for(model).items()}
+    adapters = [lora(model, seed) for seed in range(2)]
+    loop = torch.stack([lf.fcall(model, one, batch) for one in adapters])
+    same(lf.vcall(model, lf.stack(adapters), batch), loop)
+    same(lf.vcall(model, lf.stack(adapters[:1]), batch), loop[:1])
+    wpe = [lora(frozen("gpt2"), target_modules="wpe")]
+    if family == "gpt2":  # one adapter is alone, whatever it adapts
+        same(lf.vcall(model, lf.stack(wpe), batch), lf.fcall(model, wpe[0], batch)[None])
+
+
+def test_a_cache_is_left_out():
+    model = frozen("qwen3", use_cache=True)
+    batch = {key: tensor for key, tensor in text().items() if key != "labels"}
+    adapters = [lora(model, seed) for seed in range(2)]
+    outputs = lf.vcall(model, lf.stack(adapters), batch)
+    assert outputs.past_key_values is None
+    same(outputs.logits, torch.stack([lf.fcall(model, one, batch).logits for one in adapters]))
+
+
+def test_the_check_leaves_a_running_model_alone():
+    gate, seen = Gate(), []
+    model = nn.Sequential(
+        nn.Linear(4, 4), gate, Own(lambda model, x: (seen.append(model.training), x)[1])
+    )
+    model.requires_grad_(False).train()
+    adapters = [lora(model, seed, target_modules="0") for seed in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(lf.fcall, model, adapters[0], X)
+        assert gate.inside.wait(60)
+        with pytest.raises(lf.BusyModelError):
+            lf.vcall(model, lf.stack(adapters), X)
+        assert model.training
+        gate.go.set()
+        job.result(60)
+    assert seen == [True]
+
+
+def test_a_model_may_write_into_its_batch():
+    model = Own(lambda model, x: model.layer(x.mul_(2))).requires_grad_(False)
+    adapters = [lora(model, seed) for seed in range(2)]
+    x = X.clone()
+    ours = lf.vcall(model, lf.stack(adapters), x)
+    assert torch.equal(x, X)
+    same(ours, torch.stack([lf.fcall(model, one, X.clone()) for one in adapters]))
+
+
 class Counts(nn.Module):
     calls = 0
 
@@ -466,13 +643,17 @@ REFUSED = {
         X,
         "its statistics are over the rows",
     ),
-    "one number": (Own(one_loss), X, "the model's loss is one number over the rows"),
+    "one number": (
+        Own(one_loss),
+        X,
+        r"a tensor of shape \(\) over the rows of 2 adapters.*pass loss_fn",
+    ),
     "auxiliary loss": (Own(auxiliary), X, r"an auxiliary loss.*output_router_logits=False"),
     "opaque output": (Own(opaque), X, "gives a SimpleNamespace.*register_pytree_node"),
     "no rows in the output": (
         Own(lambda model, x: model.layer(x).mean()),
         X,
-        r"a tensor of shape \(\), which cannot be told apart for 2 adapters",
+        r"a tensor of shape \(\) over the rows of 2 adapters",
     ),
     "a table": (
         Own(lambda model, x: x + model.layer(torch.eye(4)).mean()),
@@ -535,7 +716,8 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("as_stack", [False, True])
 def test_gradients_are_clipped_for_each_adapter(as_stack):
-    adapters = [{"a.lora.A": torch.zeros(2), "a.lora.B": torch.zeros(3, 2)} for _ in range(3)]
+    leaves = {"a.delora.lambda": torch.zeros(()), "a.delora.B": torch.zeros(7)}
+    adapters = [{key: leaf.clone() for key, leaf in leaves.items()} for _ in range(3)]
     for k, one in enumerate(adapters):
         for leaf in one.values():
             leaf.grad = torch.full_like(leaf, 10.0**k)

@@ -1,8 +1,9 @@
-"""What the probe trains on: text and code of the running interpreter, and two small models.
+"""What the examples train on: text and code of the running interpreter, small models, sines.
 
 "classify": which package of the standard library does a docstring document? A pretrained MiniLM, a
 linear head on the mean over its tokens, adapters in its last two layers. "generate": a tiny Qwen3,
-which has just been trained on docstrings, byte by byte, learns to write code.
+which has just been trained on docstrings, byte by byte, learns to write code. "Sines" are the
+regression tasks of MAML, with a frozen network that has learnt their mean.
 """
 
 import argparse
@@ -226,6 +227,57 @@ def generate(options: argparse.Namespace) -> Task:
         with_head=False,
         layers=None,
     )
+
+
+def parser_of(description: str, plot: str, **defaults: object) -> argparse.ArgumentParser:
+    """Make the command line that the examples on docstrings share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="Hugging Face id or folder of an encoder; default: the packaged MiniLM"
+    )
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--packages", type=int, default=12, help="number of classes")
+    parser.add_argument("--most", type=int, default=300, help="docstrings of one package, at most")
+    parser.add_argument("--length", type=int, default=64, help="tokens of one docstring, at most")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, default=Path(plot))
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def in_epochs(data: Sequence[Batch], epochs: int, seed: int) -> list[Batch]:
+    """Return the batches of several epochs, each in an order of its own."""
+    rng = random.Random(seed)
+    return [batch for _ in range(epochs) for batch in rng.sample(data, len(data))]
+
+
+def sines(tasks: int, points: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw sine waves of random amplitude and phase.
+
+    Returns:
+        Inputs and outputs, (tasks, points, 1) each; amplitude and phase (tasks, 2).
+    """
+    amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
+    phase = torch.pi * torch.rand(tasks, 1, 1, generator=generator)
+    x = 10 * torch.rand(tasks, points, 1, generator=generator) - 5
+    return x, amplitude * torch.sin(x + phase), torch.cat([amplitude, phase], 1)[..., 0]
+
+
+def mean_of_sines(steps: int, generator: torch.Generator) -> nn.Module:
+    """Train a small network on all sines at once, which teaches it their mean, and freeze it."""
+    layers = (nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in tqdm(range(steps), desc="the mean of all sines", unit="step"):
+        x, y, _ = sines(64, 16, generator)
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.requires_grad_(False)
 
 
 TASKS = {"classify": classify, "generate": generate}

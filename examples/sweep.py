@@ -1,0 +1,188 @@
+"""A grid of ranks, alphas, learning rates and seeds, trained together on one frozen MiniLM.
+
+    python examples/sweep.py
+    python examples/sweep.py --ranks 4,16,64 --lrs 3e-4,1e-3,3e-3
+    python examples/sweep.py --halving          # drop the worse half again and again
+
+Each adapter is a LoRA with a linear head of its own, which learns which package of the standard
+library a docstring documents. One step trains all of them: the base runs once on everybody's rows,
+each adapter has its own loss, learning rate and clipping, and is what it would be alone. The
+table, a heat map and the loss curves show the grid; the best adapter is saved.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from tasks import Task, classify, in_epochs, parser_of
+from tqdm import tqdm
+
+import lora_func as lf
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass
+class Member:
+    """One adapter of the sweep."""
+
+    rank: int
+    alpha: float
+    lr: float
+    seed: int
+    params: lf.Params = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    accuracy: float = 0.0
+
+    @property
+    def recent(self) -> float:
+        return mean(self.losses[-10:])
+
+
+def members_of(task: Task, grid: dict[str, Sequence[float]]) -> list[Member]:
+    members = [Member(*settings) for settings in product(*grid.values())]
+    for member in members:
+        lora = lf.LoRA(r=member.rank, alpha=member.alpha, layers=task.layers)
+        member.params = lf.init(task.model, [lora, task.head], seed=member.seed)
+    return members
+
+
+def optimizer_of(members: Sequence[Member]) -> torch.optim.Optimizer:
+    """One optimizer for all, with a group for each."""
+    return torch.optim.AdamW(
+        {"params": list(lf.partition(member.params)[0].values()), "lr": member.lr}
+        for member in members
+    )
+
+
+def train(task: Task, members: list[Member], epochs: int, seed: int, halving: bool) -> None:
+    """Train in place; with halving the worse half stops after each quarter of the way."""
+    batches, optimizer = in_epochs(task.data, epochs, seed), optimizer_of(members)
+    with tqdm(batches, desc="sweep", unit="step") as progress:
+        for step, batch in enumerate(progress):
+            optimizer.zero_grad()
+            adapters = [member.params for member in members]
+            losses = lf.vcall(task.model, lf.stack(adapters), batch)
+            losses.sum().backward()
+            lf.clip_grad_norm(adapters, max_norm=1.0)
+            optimizer.step()
+            for member, loss in zip(members, losses.tolist(), strict=True):
+                member.losses.append(loss)
+            if halving and len(members) > 1 and step in quarters(len(batches)):
+                members = sorted(members, key=lambda m: m.recent)[: (len(members) + 1) // 2]
+                moments = dict(optimizer.state)
+                optimizer = optimizer_of(members)
+                leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+                optimizer.state.update({leaf: moments[leaf] for leaf in leaves})
+            progress.set_postfix(adapters=len(members), best=f"{losses.min().item():.3f}")
+
+
+def quarters(steps: int) -> set[int]:
+    return {steps * i // 4 - 1 for i in (1, 2, 3)}
+
+
+def judge(task: Task, members: Sequence[Member]) -> None:
+    """Find each member's accuracy on held-out text."""
+    stacked = lf.stack([member.params for member in members])
+    hits = []
+    with torch.no_grad():
+        for batch in tqdm(task.held_out, desc="held out", unit="batch"):
+            logits = lf.vcall(
+                task.model, stacked, batch, loss_fn=lambda output, _: output.logits, chunk=8
+            )
+            hits.append(logits.argmax(-1) == batch["labels"])
+    for member, accuracy in zip(members, torch.cat(hits, 1).double().mean(1), strict=True):
+        member.accuracy = accuracy.item()
+
+
+def table(members: Sequence[Member], title: str) -> Table:
+    shown = Table(title=title, box=box.SIMPLE)
+    for column in ("rank", "alpha", "lr", "seed", "steps", "loss", "held-out accuracy"):
+        shown.add_column(column, justify="right")
+    best = max(members, key=lambda m: m.accuracy)
+    for member in sorted(members, key=lambda m: -m.accuracy):
+        cells = (member.rank, member.alpha, member.lr, member.seed, len(member.losses))
+        style = "bold" if member is best else None
+        shown.add_row(
+            *(f"{cell:g}" for cell in cells),
+            f"{member.recent:.3f}",
+            f"{member.accuracy:.1%}",
+            style=style,
+        )
+    return shown
+
+
+def plot(members: Sequence[Member], path: Path) -> None:
+    """Draw the grid, mean over seeds, and every loss curve."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    rows = sorted({(m.rank, m.alpha) for m in members})
+    lrs = sorted({m.lr for m in members})
+    cells = [
+        [mean(m.accuracy for m in members if (m.rank, m.alpha, m.lr) == (*row, lr)) for lr in lrs]
+        for row in rows
+    ]
+    image = left.imshow(cells, aspect="auto", cmap="viridis")
+    for (i, line), j in product(enumerate(cells), range(len(lrs))):
+        left.text(j, i, f"{line[j]:.1%}", ha="center", va="center", color="white")
+    left.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
+    left.set_yticks(range(len(rows)), [f"r {rank}, alpha {alpha:g}" for rank, alpha in rows])
+    left.set(xlabel="learning rate", title="held-out accuracy, mean over seeds")
+    figure.colorbar(image, ax=left)
+    colors = plt.colormaps["viridis"](torch.linspace(0, 0.9, len(lrs)).tolist())
+    for member in members:
+        smooth = [mean(member.losses[max(0, i - 9) : i + 1]) for i in range(len(member.losses))]
+        right.plot(smooth, color=colors[lrs.index(member.lr)], alpha=0.7)
+    for lr, color in zip(lrs, colors, strict=True):
+        right.plot([], [], color=color, label=f"lr {lr:g}")
+    right.set(xlabel="step", ylabel="training loss (mean of ten steps)", title="every adapter")
+    right.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def numbers(kind: type) -> object:
+    return lambda text: [kind(number) for number in text.split(",")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sweep; return the exit status."""
+    small = {"epochs": 1, "packages": 8, "most": 100, "length": 48, "batch_size": 16}
+    parser = parser_of(__doc__, "sweep.png", **small)
+    parser.add_argument("--ranks", type=numbers(int), default=[4, 16])
+    parser.add_argument("--alphas", type=numbers(float), default=[8.0, 32.0])
+    parser.add_argument("--lrs", type=numbers(float), default=[1e-3, 5e-3])
+    parser.add_argument("--seeds", type=numbers(int), default=[0, 1])
+    parser.add_argument("--halving", action="store_true", help="drop the worse half, three times")
+    parser.add_argument("--save", type=Path, default=Path("best.safetensors"))
+    options = parser.parse_args(arguments)
+
+    task = classify(options)
+    grid = {
+        "rank": options.ranks,
+        "alpha": options.alphas,
+        "lr": options.lrs,
+        "seed": options.seeds,
+    }
+    members = members_of(task, grid)
+    train(task, members, options.epochs, options.seed, options.halving)
+    judge(task, members)
+    Console(width=max(100, Console().width)).print(table(members, task.title))
+    plot(members, options.plot)
+    best = max(members, key=lambda m: m.accuracy)
+    save_file({key: leaf.detach() for key, leaf in best.params.items()}, options.save)
+    print(f"the grid: {options.plot.resolve()}; the best adapter: {options.save.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

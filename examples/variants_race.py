@@ -1,0 +1,119 @@
+"""Every variant of the library in one step: a race on identical batches.
+
+    python examples/variants_race.py
+    python examples/variants_race.py --variants lora,dora,hra,ia3
+
+Each variant is one adapter, with a linear head of its own where the task has one. One call of one
+frozen model gives all their losses, one optimizer trains them with learning rates of their own.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+import torch
+from probe import VARIANTS, make
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tasks import Task, classify, in_epochs, parser_of
+from tqdm import tqdm
+
+import lora_func as lf
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def optimizer_of(adapters: dict[str, lf.Params]) -> torch.optim.Optimizer:
+    groups = []
+    for name, params in adapters.items():
+        trained, _ = lf.partition(params)
+        head = [leaf for key, leaf in trained.items() if ".full." in key]
+        rest = [leaf for key, leaf in trained.items() if ".full." not in key]
+        rates = ((head, 1e-2), (rest, VARIANTS[name].lr))
+        groups += [{"params": leaves, "lr": lr} for leaves, lr in rates if leaves]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def race(task: Task, adapters: dict[str, lf.Params], epochs: int, seed: int) -> torch.Tensor:
+    """Train all adapters in place; return their losses, (steps, adapters)."""
+    optimizer, curves = optimizer_of(adapters), []
+    with tqdm(in_epochs(task.data, epochs, seed), desc="race", unit="step") as progress:
+        for batch in progress:
+            optimizer.zero_grad()
+            stacks = [lf.stack([params]) for params in adapters.values()]
+            losses = lf.vcall(task.model, stacks, batch)
+            losses.sum().backward()
+            lf.clip_grad_norm([*adapters.values()], max_norm=1.0)
+            optimizer.step()
+            curves.append(losses.detach())
+            first = [*adapters][losses.argmin()]
+            progress.set_postfix(first=first, loss=f"{losses.min().item():.3f}")
+    return torch.stack(curves)
+
+
+def accuracies(task: Task, adapters: dict[str, lf.Params]) -> torch.Tensor:
+    stacks, hits = [lf.stack([params]) for params in adapters.values()], []
+    with torch.no_grad():
+        for batch in tqdm(task.held_out, desc="held out", unit="batch"):
+            logits = lf.vcall(task.model, stacks, batch, loss_fn=lambda out, _: out.logits)
+            hits.append(logits.argmax(-1) == batch["labels"])
+    return torch.cat(hits, 1).double().mean(1)
+
+
+def table(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, title: str) -> Table:
+    shown = Table(title=title, box=box.SIMPLE)
+    for column in ("place", "variant", "first loss", "last loss", "held-out accuracy"):
+        shown.add_column(column, justify="left" if column == "variant" else "right")
+    first, last = curves[:5].mean(0), curves[-5:].mean(0)
+    for place, k in enumerate(accuracy.argsort(descending=True).tolist(), 1):
+        shown.add_row(
+            str(place), names[k], f"{first[k]:.2f}", f"{last[k]:.2f}", f"{accuracy[k]:.1%}"
+        )
+    return shown
+
+
+def plot(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    colors = plt.colormaps["turbo"](torch.linspace(0, 1, len(names)).tolist())
+    order = accuracy.argsort(descending=True).tolist()
+    for k, color in zip(order, colors, strict=True):
+        losses = curves[:, k].tolist()
+        smooth = [mean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+        axes.plot(smooth, color=color, label=f"{names[k]}, {accuracy[k]:.1%}")
+    axes.set(
+        xlabel="step", ylabel="training loss (mean of five steps)", title="One step trains all"
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(names) // 16, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the race; return the exit status."""
+    small = {"epochs": 1, "packages": 8, "most": 60, "length": 32, "batch_size": 8}
+    parser = parser_of(__doc__, "race.png", **small)
+    parser.add_argument("--variants", default="all", help=f"of {', '.join(VARIANTS)}; or all")
+    options = parser.parse_args(arguments)
+    names = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
+    if unknown := set(names) - set(VARIANTS):
+        parser.error(f"no variants {sorted(unknown)}; there are {', '.join(VARIANTS)}")
+
+    task = classify(options)
+    adapters = {
+        name: make(task, VARIANTS[name], options.seed)
+        for name in tqdm(names, desc="init", unit="variant")
+    }
+    curves = race(task, adapters, options.epochs, options.seed)
+    accuracy = accuracies(task, adapters)
+    Console(width=max(100, Console().width)).print(table(names, curves, accuracy, task.title))
+    plot(names, curves, accuracy, options.plot)
+    print(f"loss curves: {options.plot.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

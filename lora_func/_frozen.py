@@ -1,0 +1,106 @@
+"""What a module has without an adapter, while it runs with one."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from lora_func._errors import UnusedLeafError
+from lora_func._modules import forward_slot
+
+Forward: TypeAlias = Callable[..., Any]
+
+FROZEN = "_lora_func_frozen"
+"""Where a forward of ours keeps the one whose place it takes."""
+
+
+class Watched(dict[str, Tensor]):
+    """A dict that strikes what is read from it off a list.
+
+    Attributes:
+        frozen: The dict whose place it takes, if it takes one's.
+    """
+
+    __slots__ = ("_keys", "_unused", "frozen")
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        keys: Mapping[str, Collection[str]],
+        unused: set[str],
+        frozen: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(values)
+        self._keys = keys
+        self._unused = unused
+        self.frozen = frozen
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._unused.difference_update(self._keys.get(name, ()))
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._unused.difference_update(self._keys.get(name, ()))
+        return super().get(name, default)
+
+    def over(self, values: Mapping[str, Tensor]) -> "Watched":
+        """Return a dict of other values that strikes the same off."""
+        return Watched(values, self._keys, self._unused)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
+        return dict, (dict(self),)
+
+
+def refuse_unused(unused: Iterable[set[str] | None]) -> None:
+    """Refuse leaves that had no part in a call.
+
+    Args:
+        unused: The keys of each adapter that nothing has read.
+
+    Raises:
+        UnusedLeafError: If there is any.
+    """
+    keys = set().union(*filter(None, unused))
+    if keys:
+        raise UnusedLeafError(
+            f"{len(keys)} leaves had no part in this call, such as {min(keys)!r}: the model skips "
+            "the layer, or reads its weight past it, or the variant has no such leaf; leave them "
+            "out of the adapter, or name the weight with target_parameters, or pass strict=False"
+        )
+
+
+def frozen_forward(module: nn.Module) -> Forward:
+    """Return what a module runs without an adapter."""
+    found: Forward = getattr(module, forward_slot(module))
+    return getattr(found, FROZEN, found)
+
+
+def frozen_parameters(module: nn.Module) -> Mapping[str, Tensor]:
+    """Return a module's parameters as they are without an adapter."""
+    own: Any = module._parameters
+    frozen: Mapping[str, Tensor] | None = getattr(own, "frozen", None)
+    return own if frozen is None else frozen
+
+
+def refuse_replaced_forward(module: nn.Module, path: str) -> None:
+    """Refuse a module whose forward is the user's own.
+
+    Raises:
+        TypeError: If it is.
+    """
+    found = vars(module).get("forward")
+    if forward_slot(module) == "forward" and found is not None and not hasattr(found, FROZEN):
+        raise TypeError(
+            f"{path}: its forward was replaced on the instance, by {found!r}, which the adapter "
+            "would bypass; remove that, or leave the site out of the adapter"
+        )
+
+
+def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return the places, module and name, of each parameter of a model, by its id."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in frozen_parameters(module).items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return places
