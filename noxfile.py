@@ -46,3 +46,10 @@ def quickstart(session: nox.Session) -> None:
     """Train adapters on real text with a real model, offline; arguments go to examples/probe.py."""
     install(session, "quickstart", "-e", ".[hf]")
     session.run("python", "examples/probe.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what checkpointing saves; arguments go to benchmarks/checkpointing.py."""
+    install(session, "quickstart", "-e", ".[hf]")
+    session.run("python", "benchmarks/checkpointing.py", *session.posargs)

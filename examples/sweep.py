@@ -156,7 +156,7 @@ def numbers(kind: type) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep; return the exit status."""
-    small = {"epochs": 1, "packages": 8, "most": 100, "length": 48, "batch_size": 16}
+    small = {"epochs": 1, "packages": 6, "most": 80, "length": 40, "batch_size": 16}
     parser = parser_of(__doc__, "sweep.png", **small)
     parser.add_argument("--ranks", type=numbers(int), default=[4, 16])
     parser.add_argument("--alphas", type=numbers(float), default=[8.0, 32.0])

@@ -94,7 +94,7 @@ def plot(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, pat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the race; return the exit status."""
-    small = {"epochs": 1, "packages": 8, "most": 60, "length": 32, "batch_size": 8}
+    small = {"epochs": 1, "packages": 6, "most": 50, "length": 24, "batch_size": 8}
     parser = parser_of(__doc__, "race.png", **small)
     parser.add_argument("--variants", default="all", help=f"of {', '.join(VARIANTS)}; or all")
     options = parser.parse_args(arguments)
