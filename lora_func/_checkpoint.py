@@ -86,15 +86,17 @@ def _rematerialised(
     values, layout = tree_flatten((args, kwargs))
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     inputs = [values[i] for i in places]
-    found: list[Any] = []
+    shape: list[Any] = []
 
     def again(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(places, tensors, strict=False))
         args, kwargs = tree_unflatten([given.get(i, v) for i, v in enumerate(values)], layout)
         output = work.redo(tensors[len(places) :], function, args, kwargs)
-        found[:] = tree_flatten(output)
-        _require_plain(found[0])
-        return tuple(value for value in found[0] if isinstance(value, Tensor))
+        parts, its_layout = tree_flatten(output)
+        _require_plain(parts)
+        # no tensor, which would keep all that it was computed from
+        shape[:] = [None if isinstance(p, Tensor) else (p,) for p in parts], its_layout
+        return tuple(part for part in parts if isinstance(part, Tensor))
 
     def first(*tensors: Tensor) -> tuple[Tensor, ...]:
         versions = [tensor._version for tensor in tensors]
@@ -111,9 +113,8 @@ def _rematerialised(
     _require_plain(values)
     as_they_were = surroundings(inputs)
     outputs = iter(rematerialised(first, as_at_first, [*inputs, *work.tensors]))
-    output, its_layout = found
-    output = [next(outputs) if isinstance(value, Tensor) else value for value in output]
-    return tree_unflatten(output, its_layout)
+    parts, its_layout = shape
+    return tree_unflatten([next(outputs) if p is None else p[0] for p in parts], its_layout)
 
 
 class _UnseenError(Exception):

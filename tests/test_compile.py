@@ -11,15 +11,9 @@ gradient = torch.func.grad(lf.fcall, argnums=1)
 OVER_ADAPTERS = (None, 0, None)
 
 
-def slope(model, params, batch):
-    ones = {key: torch.ones_like(leaf) for key, leaf in params.items()}
-    return torch.func.jvp(lambda point: lf.fcall(model, point, batch), (params,), (ones,))
-
-
 FUNCTIONS = {
     "fcall": (lf.fcall, False),
     "grad": (gradient, False),
-    "jvp": (slope, False),
     "vmap of grad": (torch.vmap(gradient, OVER_ADAPTERS), True),
     "vcall": (lf.vcall, True),
 }

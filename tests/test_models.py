@@ -216,11 +216,22 @@ def test_autocast():
     )
 
 
-def test_generate_equals_the_merged_model():
-    model = make("qwen3", use_cache=True)
+DECODING = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "a static cache": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("decoding", DECODING.values(), ids=DECODING)
+def test_generate_equals_the_merged_model(family, decoding):
+    model = make(family)
     params = adapter(model)
     ids = batch_for(model)["input_ids"]
-    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    common = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    settings = {"use_cache": True, **common, **decoding}
     with lf.adapted(model, params):
         ours = model.generate(ids, **settings)
     assert torch.equal(ours, merged(model, params).generate(ids, **settings))

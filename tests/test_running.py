@@ -86,20 +86,30 @@ def test_a_skeleton_shares_every_tensor_and_no_module():
     assert all(ours[key] is theirs[key] for key in ours)
 
 
-@pytest.mark.parametrize("vmapped", [False, True])
-def test_eight_threads_on_eight_skeletons_give_the_serial_results(vmapped):
+@pytest.mark.parametrize("how", ["fcall", "vmap", "vcall", "checkpointing"])
+def test_eight_threads_on_eight_skeletons_give_the_serial_results(how):
     model = make("bert")
+    if how == "checkpointing":
+        model.train().activation_checkpointing_enable()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     batch, adapters = batch_for(model), [adapter(model, seed=seed) for seed in range(8)]
-    run = torch.vmap(lf.fcall, in_dims=(None, 0, None)) if vmapped else lf.fcall
-    inputs = [lf.stack([one]) for one in adapters] if vmapped else adapters
-    serial = [run(model, one, batch).detach() for one in inputs]
+    over = torch.vmap(lf.fcall, in_dims=(None, 0, None))
+    function = {"vmap": over, "vcall": lf.vcall}.get(how, lf.fcall)
+    inputs = [lf.stack([one, one]) for one in adapters] if how[0] == "v" else adapters
+
+    def run(model, params, batch):
+        loss = function(model, params, batch).sum()
+        leaves = [leaf for leaf in params.values() if leaf.requires_grad]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
+
+    serial = [run(model, one, batch) for one in inputs]
     before = snapshot(model)
     kernels = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
     with ThreadPoolExecutor(8) as pool:
         work = [(lf.skeleton(model), one) for one in inputs for _ in range(5)]
-        losses = [
-            job.result(120).detach() for job in [pool.submit(run, m, one, batch) for m, one in work]
-        ]
+        losses = [job.result(120) for job in [pool.submit(run, m, one, batch) for m, one in work]]
     assert kernels == (
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
