@@ -45,7 +45,8 @@ def _split(loss: Loss, adapters: int, args: Sequence[Any], kwargs: Mapping[str, 
     if not apart or kwargs.get("reduction") == "none":
         return loss(*args, **kwargs)
     weight = rest[0] if rest else settings.pop("weight", None)
-    if loss not in _WEIGHTED_BY_CLASS and weight is not None and weight.shape[:1] == rows:
+    by_row = loss not in _WEIGHTED_BY_CLASS and isinstance(weight, Tensor)
+    if by_row and weight.shape[:1] == rows:
         given, rest = [*given, weight], rest[1:]
     elif not rest and weight is not None:
         settings["weight"] = weight

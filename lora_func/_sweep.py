@@ -62,6 +62,7 @@ def vcall(
     Raises:
         FoldError: If the adapters cannot share a call, because the model mixes rows, reads an
             adapted parameter past its module, or has rows elsewhere than on the first axis.
+        RuntimeError: If a first call would have to be checked inside ``torch.vmap``.
         ValueError: If stacked is no stack, chunk is less than 1, or a tensor of a batch for each
             adapter has not K in front.
 

@@ -54,7 +54,7 @@ def test_vcall_of_other_models(family):
         return
     torch._dynamo.reset()
     compiled = torch.compile(lf.vcall, fullgraph=True, backend="eager")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="one number over the rows"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="over the rows of 2 adapters"):
         compiled(model, inputs[0], batch)
     inputs_alone = {key: batch[key] for key in ("input_ids", "attention_mask")}
     assert_one_graph(lf.vcall, model, inputs_alone, inputs, "aot_eager")

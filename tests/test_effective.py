@@ -181,3 +181,100 @@ def test_vmap(place):
     adapters = [scramble(adapter(case, place, seed), seed) for seed in range(2)]
     ours = torch.vmap(lf.fcall, (None, 0, None))(model, lf.stack(adapters), x)
     torch.testing.assert_close(ours, torch.stack([lf.fcall(model, one, x) for one in adapters]))
+
+
+WEIGHT = {"target_modules": (), "target_parameters": "weight"}
+WITH_NORM = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 2))
+REFUSED = {
+    "transposed convolution": (nn.ConvTranspose1d(4, 4, 3), lf.LoRA(r=2, **WEIGHT), "no matrix"),
+    "vector": (nn.LayerNorm(4), lf.LoRA(r=2, **WEIGHT), "accepted are parameters of two or three"),
+    "computed weight": (WITH_NORM, lf.LoRA(r=2, target_modules="0"), "computed when it is read"),
+    "role": (
+        nn.Conv1d(4, 4, 2),
+        lf.LoRA(r=2, target_modules="0", target_roles="reader"),
+        "Conv1d has no role; only linear layers have",
+    ),
+    "data": (nn.Conv1d(4, 4, 2), lf.EVA(r=2, target_modules="0"), "at the inputs of linear layers"),
+}
+
+
+@pytest.mark.parametrize(("module", "cfg", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_has_no_matrix_is_refused(module, cfg, message):
+    data = [torch.ones(1, 4, 5)] if isinstance(cfg, lf.EVA) else None
+    with pytest.raises(TypeError, match=f"0.*{message}"):
+        lf.init(nn.Sequential(module), cfg, data=data)
+
+
+def test_steering_that_is_no_weight_is_refused_at_the_call():
+    model = nn.Sequential(nn.Conv1d(4, 4, 2))
+    with pytest.raises(TypeError, match="0: ssteer_add is not linear in x and has no weight"):
+        lf.fcall(model, {"0.ssteer_add.delta": torch.zeros(4)}, torch.ones(1, 4, 5))
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
+    params = lf.init(model, lf.LoRA(r=2, target_modules="0"))
+    with pytest.raises(TypeError, match="0: lora has no sparse gradients; set sparse=False"):
+        lf.fcall(model, params, torch.arange(3))
+
+
+def test_two_variants_that_both_write_a_bias_are_refused():
+    model = Experts()
+    bitfit = lf.BitFit(target_modules=(), target_parameters="^up$")
+    params = lf.init(model, [bitfit, lf.Full(target_parameters="up_bias")])
+    with pytest.raises(ValueError, match="adapted twice, by bitfit at 'up' and by full"):
+        lf.fcall(model, params, torch.ones(2, 8))
+    params = lf.init(
+        model,
+        [
+            lf.LoRA(r=2, target_modules=(), target_parameters="^up$"),
+            lf.Full(target_parameters="up_bias"),
+        ],
+    )
+    lf.fcall(model, params, torch.ones(2, 8))
+    params["up.lora.C"] = torch.ones(3, 1)
+    with pytest.raises(lf.UnusedLeafError, match=r"^1 leaves.*'up\.lora\.C'"):
+        lf.fcall(model, params, torch.ones(2, 8))
+
+
+def test_a_parameter_may_have_the_name_of_a_leaf():
+    model = nn.Module()
+    model.B = nn.Parameter(torch.randn(6, 8))
+    model.forward = lambda x: x @ model.B.T
+    params = scramble(lf.init(model, lf.LoRA(r=2, target_modules=(), target_parameters="^B$")))
+    A, B = params["B.lora.A"], params["B.lora.B"]
+    expected = torch.ones(2, 8) @ (model.B + 2 * B @ A).T
+    torch.testing.assert_close(lf.fcall(model, params, torch.ones(2, 8)), expected)
+
+
+def test_the_base_gets_gradients_in_adapted_and_none_in_fcall():
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(4, 4))
+    params = scramble(lf.init(model, lf.LoRA(r=2, target_modules=["0", "2"])))
+    lf.fcall(model, params, torch.randn(2, 4, 1)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    with lf.adapted(model, params):
+        model(torch.randn(2, 4, 1)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+class TiedTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+def test_a_tied_parameter_and_an_adapter_on_one_of_its_modules():
+    model, ids = TiedTwice().double().requires_grad_(False), torch.randint(0, 10, (4, 3))
+    cfg = [lf.Full(target_parameters=r"head\.weight"), lf.LoRA(r=2, target_modules="embed")]
+    params = scramble(lf.init(model, cfg, dtype=torch.float64))
+    trained, constants = lf.partition(params)
+
+    def loss(*leaves):
+        point = dict(zip(trained, leaves, strict=True))
+        return lf.fcall(model, {**point, **constants}, ids).square().sum()
+
+    assert torch.autograd.gradcheck(loss, tuple(trained.values()))
