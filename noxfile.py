@@ -38,7 +38,9 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, doctests and the code of README and docs; arguments go to pytest."""
     install(session, "test", "-e", ".[hf]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    # many small models: a process for each core is faster than threads for each process
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=one_thread)
 
 
 @nox.session

@@ -165,8 +165,6 @@ class Injection:
     def _forward(
         self, module: nn.Module, frozen: Forward, sites: Sequence[Sequence[Site]]
     ) -> Forward:
-        named = {site.path: site.variant.name for here in sites for site in here}
-        paths, variants = ", ".join(named), ", ".join(dict.fromkeys(named.values()))
         run: Forward
         if self.rows is None:
             leaves = [leaves_of(site, self.adapters[0], self.unused[0]) for site in sites[0]]
@@ -179,16 +177,21 @@ class Injection:
                     self.rows.sizes, sites, keys, self.adapters, self.unused, strict=True
                 )
             ]
-            run = folded_forward(paths, module, frozen, self.rows, parts)
+            run = folded_forward(_paths(sites), module, frozen, self.rows, parts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
                 return run(*args, **kwargs)
             except Exception as error:
-                error.add_note(f"in the {variants} adapter of {paths!r}")
+                variants = {site.variant.name: None for here in sites for site in here}
+                error.add_note(f"in the {', '.join(variants)} adapter of {_paths(sites)!r}")
                 raise
 
         return forward
+
+
+def _paths(sites: Sequence[Sequence[Site]]) -> str:
+    return ", ".join(dict.fromkeys(site.path for here in sites for site in here))
 
 
 def injection(

@@ -29,6 +29,7 @@ class Site(NamedTuple):
         claims: The parameters that nobody else may adapt; None for all of the module's.
         variant: The variant at work there.
         keys: Leaf -> key in the adapter.
+        reads: Leaf -> the keys that reading it uses: its own.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Site(NamedTuple):
     claims: set[str] | None
     variant: Variant
     keys: dict[str, str]
+    reads: Mapping[str, tuple[str, ...]]
 
 
 class Plan(NamedTuple):
@@ -143,23 +145,24 @@ def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -
         module, parameter = place_of(model, path)
     except KeyError as error:
         raise KeyError(f"{next(iter(keys.values()))!r}: {error.args[0]}") from None
+    reads = {leaf: (key,) for leaf, key in keys.items()}
     if variant.parameters is not None:
         for leaf in keys:
             if module._parameters.get(leaf) is None:
                 raise KeyError(
                     f"{keys[leaf]!r}: {type(module).__name__} {path!r} has no parameter {leaf!r}"
                 )
-        return Site(path, ref(module), None, True, {*keys}, variant, keys)
+        return Site(path, ref(module), None, True, {*keys}, variant, keys, reads)
     never_called = _is_never_called(model, path)
     if parameter is None and is_linear(module) and not never_called:
-        return Site(path, ref(module), None, False, None, variant, keys)
+        return Site(path, ref(module), None, False, None, variant, keys, reads)
     name = parameter or "weight"
     _refuse_without_matrix(path, module, name, variant, parameter is None)
     claims = None
     if parameter is not None or never_called:
         beside = bias_name(module._parameters, name) if variant.bias is not None else None
         claims = {name} if beside is None else {name, beside}
-    return Site(path, ref(module), name, claims is not None, claims, variant, keys)
+    return Site(path, ref(module), name, claims is not None, claims, variant, keys, reads)
 
 
 def _refuse_without_matrix(

@@ -29,7 +29,7 @@ def leaves_of(
     }
     if unused is None:
         return leaves
-    return Watched(leaves, {leaf: (key,) for leaf, key in site.keys.items()}, unused)
+    return Watched(leaves, site.reads, unused)
 
 
 def run_sites(
