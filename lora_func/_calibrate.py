@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from lora_func._batch import LossFn, arguments, result
 from lora_func._config import AdapterConfig
-from lora_func._modules import forward_slot, identities, structure
+from lora_func._modules import forward_slot
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
-from lora_func._running import Run, refuse_others, running
+from lora_func._running import quiet_slots
 from lora_func._slots import Put, Slot
 from lora_func._transforms import has_fast_path, held, settings_now
 from lora_func._types import ObserveFn
@@ -72,7 +72,7 @@ def calibrate(
     }
     batches = 0
     eager = torch.compiler.set_stance("force_eager")
-    with held(settings_now(has_fast_path(model))), eager, Put(_quiet(model)):
+    with held(settings_now(has_fast_path(model))), eager, Put(quiet_slots(model, object())):
         for batch in tqdm(data, "calibrate", unit="batch", disable=None):
             runs[kind](gather, batch)
             gather.forget()
@@ -84,14 +84,6 @@ def calibrate(
                 "or the loss does not depend on it; pass other data, or leave the site out"
             )
     return gather.statistics
-
-
-def _quiet(model: nn.Module) -> Iterator[Slot]:
-    """Take the model for ourselves, and put it into eval mode."""
-    token, modules = object(), identities(structure(model))
-    yield running, token, Run(modules, modules, token)
-    refuse_others(token)
-    yield from ((vars(module), "training", False) for module in model.modules())
 
 
 class _Gather:

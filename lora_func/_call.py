@@ -52,8 +52,20 @@ def fcall(
         >>> loss = lf.fcall(model, params, x, loss_fn=lambda y, x: y.square().mean())
         >>> (gradient,) = torch.autograd.grad(loss, params["0.lora.B"])
     """
+    return call(model, params, batch, loss_fn, strict)
+
+
+def call(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    batch: Any,
+    loss_fn: LossFn | None,
+    strict: bool,
+    origin: object = None,
+) -> Any:
+    """Do what ``fcall`` does, as a part of another run if an origin is given."""
     args, kwargs = arguments(batch)
-    work = injection(model, [params])
+    work = injection(model, [params], origin=origin)
     with work.inside():
         output = work.call(args, kwargs)
     if strict:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lora_func._remat import rematerialised, surroundings
 from lora_func._running import Run, Work, is_running, runs_here
 from lora_func._slots import Put
-from lora_func._transforms import WhileNeeded, active_transforms, in_forward_mode
+from lora_func._transforms import WhileNeeded, active_transforms, transformed
+from lora_func._trees import tensors_of
 
 # checkpoint itself is bound by name all over; what it calls is looked up here each time
 _torchs_own: Any = checkpoint.__wrapped__  # type: ignore[attr-defined]
@@ -38,7 +39,7 @@ def _checkpointed(
             f"checkpoint(use_reentrant={use_reentrant}): a reentrant checkpoint gives the adapter "
             "no gradient; pass use_reentrant=False"
         )
-    if active_transforms() or in_forward_mode():
+    if transformed():
         assert runs[-1].work is not None
         return _recomputed(runs[-1].work, function, args, kwargs)
     for run in runs:
@@ -137,10 +138,10 @@ class _NothingUnseen(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if any(map(self._is_unseen, _tensors((args, kwargs)))):
+        if any(map(self._is_unseen, tensors_of((args, kwargs)))):
             raise _UnseenError
         result = func(*args, **(kwargs or {}))
-        self.known |= {tensor._cdata for tensor in _tensors(result)}
+        self.known |= {tensor._cdata for tensor in tensors_of(result)}
         self.alive.append(result)
         return result
 
@@ -155,10 +156,6 @@ class _NothingUnseen(TorchFunctionMode):
                 return not is_constant
             tensor, is_constant = torch._C._functorch.get_unwrapped(tensor), False
         return False
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _module_of(function: Callable[..., Any], args: Sequence[Any]) -> nn.Module | None:

@@ -1,15 +1,16 @@
 """The adapter axis folded into the rows of a batch, and unfolded from what a model gives."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from lora_func._batch import LossFn, arguments, result
 from lora_func._errors import FoldError
 from lora_func._losses import is_split
+from lora_func._trees import stacked, tensors_of
 
 
 def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
@@ -22,8 +23,16 @@ def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
     """
     if not batched:
         return batch
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return tree_map(lambda value: value[at] if isinstance(value, Tensor) else value, batch)
+    return of_adapter(_plain(batch), at)
+
+
+def copied(batch: Any) -> Any:
+    """Return a batch into which a model may write."""
+    return tree_map_only(Tensor, torch.clone, _plain(batch))
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def refuse_other_axes(batch: Any, adapters: int) -> None:
@@ -36,7 +45,7 @@ def refuse_other_axes(batch: Any, adapters: int) -> None:
     Raises:
         ValueError: If a tensor has not the axes (adapters, rows, ...).
     """
-    shapes = [tuple(v.shape) for v in tree_leaves(arguments(batch)) if isinstance(v, Tensor)]
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(arguments(batch))]
     if any(len(shape) < 2 or shape[0] != adapters for shape in shapes):
         raise ValueError(
             f"batch: tensors of shapes {shapes}; with batched=True each has the axes (adapters, "
@@ -60,7 +69,7 @@ def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]
     """
     values, layout = tree_flatten(arguments(batch))
     own = 1 if batched else 0
-    places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and (v.ndim or batched)]
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
     shapes = [tuple(values[i].shape) for i in places]
     counts = {shape[own] for shape in shapes}
     # one row for everybody, such as positions, is left to broadcasting
@@ -157,26 +166,9 @@ def without_caches(output: Any) -> Any:
     return tree_map(lambda value: None if is_cache(value) else value, output)
 
 
-def stacked(each: Sequence[Any]) -> Any:
-    """Stack what each adapter gave."""
-    return _over_tensors(torch.stack, each)
-
-
-def joined(pieces: Sequence[Any]) -> Any:
-    """Join what several groups of adapters gave."""
-    return pieces[0] if len(pieces) == 1 else _over_tensors(torch.cat, pieces)
-
-
-def _over_tensors(join: Callable[..., Tensor], trees: Sequence[Any]) -> Any:
-    def of_leaf(*values: Any) -> Any:
-        return join(values) if isinstance(values[0], Tensor) else values[0]
-
-    return tree_map(of_leaf, *trees)
-
-
-def of_adapter(output: Any, k: int) -> Any:
-    """Return one adapter's part of what is unfolded."""
-    return tree_map(lambda value: value[k] if isinstance(value, Tensor) else value, output)
+def of_adapter(output: Any, k: int | slice) -> Any:
+    """Return the part of one adapter, or of several, of what has them on the first axis."""
+    return tree_map_only(Tensor, lambda value: value[k], output)
 
 
 _PLAIN = (type(None), bool, int, float, str)

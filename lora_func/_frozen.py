@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from lora_func._errors import UnusedLeafError
-from lora_func._modules import forward_slot
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -69,10 +68,25 @@ def refuse_unused(unused: Iterable[set[str] | None]) -> None:
         )
 
 
-def frozen_forward(module: nn.Module) -> Forward:
-    """Return what a module runs without an adapter."""
-    found: Forward = getattr(module, forward_slot(module))
-    return getattr(found, FROZEN, found)
+def frozen_forward(module: nn.Module, slot: str, path: str) -> Forward:
+    """Return what a module runs without an adapter.
+
+    Args:
+        module: The module.
+        slot: The attribute whose place an adapter takes.
+        path: The module's path, for the message.
+
+    Raises:
+        TypeError: If the user's own function stands there.
+    """
+    found: Forward = getattr(module, slot)
+    frozen: Forward | None = getattr(found, FROZEN, None)
+    if frozen is None and slot == "forward" and slot in vars(module):
+        raise TypeError(
+            f"{path}: its forward was replaced on the instance, by {found!r}, which the adapter "
+            "would bypass; remove that, or leave the site out of the adapter"
+        )
+    return found if frozen is None else frozen
 
 
 def frozen_parameters(module: nn.Module) -> Mapping[str, Tensor]:
@@ -80,20 +94,6 @@ def frozen_parameters(module: nn.Module) -> Mapping[str, Tensor]:
     own: Any = module._parameters
     frozen: Mapping[str, Tensor] | None = getattr(own, "frozen", None)
     return own if frozen is None else frozen
-
-
-def refuse_replaced_forward(module: nn.Module, path: str) -> None:
-    """Refuse a module whose forward is the user's own.
-
-    Raises:
-        TypeError: If it is.
-    """
-    found = vars(module).get("forward")
-    if forward_slot(module) == "forward" and found is not None and not hasattr(found, FROZEN):
-        raise TypeError(
-            f"{path}: its forward was replaced on the instance, by {found!r}, which the adapter "
-            "would bypass; remove that, or leave the site out of the adapter"
-        )
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -16,7 +16,7 @@ from lora_func._keys import SHARED, Key
 from lora_func._modules import place_of, uncompiled
 from lora_func._targets import Target, find_targets
 from lora_func._types import Params, Variant
-from lora_func._weight import affine, is_linear, is_stack, matrices, matrix
+from lora_func._weight import affine, is_linear, is_stack, matrices, matrix, refuse_computed
 from lora_func.variants import by_config
 
 Plan: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
@@ -189,20 +189,22 @@ def _device(W: Any) -> torch.device:
 
 def _frozen(model: nn.Module, target: Target) -> Any:
     module, parameter = place_of(model, target.site)
-    if parameter is None and not target.parameters and is_linear(module):
+    if target.parameters:
+        own = {name: getattr(module, name) for name in target.parameters}
+        for tensor in own.values():
+            _refuse_without_data(target.site, tensor)
+        return own
+    if parameter is None and is_linear(module):
         W = affine(module)
         _refuse_without_data(target.site, W.weight)
         return W
-    own = {name: getattr(module, name) for name in target.parameters}
     name = parameter or "weight"
-    for tensor in own.values() or (module._parameters.get(name),):
-        _refuse_without_data(target.site, tensor)
-    return own or matrix(module, module._parameters, name)
+    refuse_computed(target.site, module._parameters, name)
+    _refuse_without_data(target.site, getattr(module, name))
+    return matrix(module, module._parameters, name)
 
 
-def _refuse_without_data(site: str, weight: Tensor | None) -> None:
-    if weight is None:
-        raise TypeError(f"{site}: its weight is computed when it is read; remove what computes it")
+def _refuse_without_data(site: str, weight: Tensor) -> None:
     if weight.is_meta or is_lazy(weight):
         raise ValueError(f"{site}: its weight has no data yet; load the model first")
     if not weight.is_floating_point():

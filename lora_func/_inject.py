@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from lora_func._frozen import (
     Forward,
     frozen_forward,
     frozen_parameters,
-    refuse_replaced_forward,
 )
 from lora_func._losses import losses_apart
 from lora_func._modules import (
@@ -65,10 +64,10 @@ class Injection:
     adapters: tuple[Mapping[str, Tensor], ...]
     rows: Rows | None
     unused: tuple[set[str] | None, ...]
-    frozen: Mapping[str, Tensor] = field(default_factory=dict)
-    replaced: tuple[Replacement, ...] = ()
-    settings: tuple[WhileNeeded, ...] = ()
-    origin: object = None
+    frozen: Mapping[str, Tensor]
+    replaced: tuple[Replacement, ...]
+    settings: tuple[WhileNeeded, ...]
+    origin: object
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -107,17 +106,12 @@ class Injection:
         if tensors is not None:
             values = iter(tensors)
             adapters = tuple({key: next(values) for key in one} for one in self.adapters)
-            again = replace(self, adapters=adapters, replaced=self._replaced_by(adapters))
+            replaced = _replaced(self.model, self.plans, adapters, self.rows)
+            again = replace(self, adapters=adapters, replaced=replaced)
         frozen = {f"model.{name}": parameter.detach() for name, parameter in self.frozen.items()}
         with again.inside():
             part = PartOfCall(self.model, function)
             return functional_call(part, frozen, tuple(args), {**kwargs}, tie_weights=False)
-
-    def _replaced_by(self, adapters: Sequence[Mapping[str, Tensor]]) -> tuple[Replacement, ...]:
-        everywhere = [site for site in self.plans[0].sites if site.everywhere]
-        if self.rows is not None or not everywhere:
-            return ()
-        return replacements(uncompiled(self.model), everywhere, adapters[0])
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -142,8 +136,8 @@ class Injection:
 
     def _slots(self) -> Iterator[Slot]:
         for module, sites in self._sites_by_module():
-            slot, frozen = forward_slot(module), frozen_forward(module)
-            refuse_replaced_forward(module, next(filter(None, sites))[0].path)
+            slot, ((site, *_), *_) = forward_slot(module), filter(None, sites)
+            frozen = frozen_forward(module, slot, site.path)
             forward = self._forward(module, frozen, sites)
             if not torch.compiler.is_compiling():
                 setattr(forward, FROZEN, frozen)
@@ -224,6 +218,13 @@ def injection(
     plans = tuple(plan_of(uncompiled(model), adapter) for adapter in adapters)
     adapters = tuple({**adapter} for adapter in adapters)
     refuse_untransformable(plans[0])
+    replaced = _replaced(model, plans, adapters, rows)
+    taken = {id(frozen_parameters(r.module)[name]) for r in replaced for name in r.new}
+    frozen = {
+        name: parameter
+        for name, parameter in named_parameters(model)
+        if detached and parameter.requires_grad and id(parameter) not in taken
+    }
     unused: tuple[set[str] | None, ...] = (None,) * len(plans)
     settings: tuple[WhileNeeded, ...] = ()
     if not torch.compiler.is_compiling():
@@ -231,12 +232,17 @@ def injection(
         settings = (intercepted, *settings_now(plans[0].fast_path))
         settings += () if rows is None else (losses_apart,)
         origin = origin or object()
-    work = Injection(model, plans, adapters, rows, unused, {}, (), settings, origin)
-    replaced = work._replaced_by(adapters)
-    taken = {id(frozen_parameters(r.module)[name]) for r in replaced for name in r.new}
-    frozen = {
-        name: parameter
-        for name, parameter in named_parameters(model)
-        if detached and parameter.requires_grad and id(parameter) not in taken
-    }
-    return replace(work, replaced=replaced, frozen=frozen)
+    return Injection(model, plans, adapters, rows, unused, frozen, replaced, settings, origin)
+
+
+def _replaced(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    adapters: Sequence[Mapping[str, Tensor]],
+    rows: Rows | None,
+) -> tuple[Replacement, ...]:
+    """What is replaced for the whole call; in a fold nothing is, since every adapter differs."""
+    everywhere = [site for site in plans[0].sites if site.everywhere]
+    if rows is not None or not everywhere:
+        return ()
+    return replacements(uncompiled(model), everywhere, adapters[0])

@@ -11,7 +11,7 @@ from lora_func._keys import RANK, group
 from lora_func._modules import Structure, place_of, structure
 from lora_func._transforms import has_fast_path, transformed
 from lora_func._types import Variant
-from lora_func._weight import bias_name, has_matrix, is_linear
+from lora_func._weight import bias_name, has_matrix, is_linear, refuse_computed
 from lora_func.variants import by_name
 
 
@@ -178,8 +178,7 @@ def _refuse_without_matrix(
             f"{path}: {variant.name} is not linear in x and has no weight to put there; it adapts "
             "linear layers alone"
         )
-    if module._parameters.get(name) is None:
-        raise TypeError(f"{path}: its weight is computed when it is read; remove what computes it")
+    refuse_computed(path, module._parameters, name)
     if getattr(module, "sparse", False):
         raise TypeError(f"{path}: {variant.name} has no sparse gradients; set sparse=False")
 

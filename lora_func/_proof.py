@@ -1,29 +1,31 @@
 """One call for several adapters, and the proof that a model lets them share it."""
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten
 
-from lora_func._batch import LossFn, arguments, result
+from lora_func._batch import LossFn, arguments
+from lora_func._call import call
 from lora_func._compare import difference
 from lora_func._errors import FoldError
-from lora_func._fold import batch_of, fold_batch, of_adapter, results, without_caches
+from lora_func._fold import batch_of, copied, fold_batch, of_adapter, results, without_caches
 from lora_func._frozen import frozen_parameters, refuse_unused, shared_parameters
 from lora_func._inject import Injection, injection
 from lora_func._keys import parse
 from lora_func._losses import CompiledLossesApart
-from lora_func._modules import identities, structure, uncompiled
+from lora_func._modules import uncompiled
 from lora_func._plan import Plan, plan_of
 from lora_func._rows import Rows
-from lora_func._running import Run, refuse_others, running
+from lora_func._running import quiet_slots
 from lora_func._selection import Selections
-from lora_func._slots import Put, Slot
+from lora_func._slots import Put
 from lora_func._transforms import active_transforms
+from lora_func._trees import tensors_of
 
 
 class Sweep(NamedTuple):
@@ -65,8 +67,7 @@ class Sweep(NamedTuple):
         """
         args, kwargs, rows = fold_batch(self.batch, self.size, self.batched)
         work = injection(self.model, self.stacks, Rows(self.sizes, rows), origin=self.origin)
-        for plan in work.plans:
-            _refuse_unfoldable(uncompiled(self.model), plan)
+        _refuse_unfoldable(uncompiled(self.model), work.plans)
         compiling = torch.compiler.is_compiling()
         with work.inside(), CompiledLossesApart(self.size) if compiling else nullcontext():
             output = work.call(args, kwargs)
@@ -78,13 +79,7 @@ class Sweep(NamedTuple):
     def alone(self, k: int) -> Any:
         """Return what ``fcall`` returns for one of them."""
         batch = batch_of(self.batch, self.batched, k)
-        args, kwargs = arguments(batch)
-        work = injection(self.model, [self.adapter(k)], origin=self.origin)
-        with work.inside():
-            output = work.call(args, kwargs)
-        if self.strict:
-            refuse_unused(work.unused)
-        return result(output, batch, self.loss_fn)
+        return call(self.model, self.adapter(k), batch, self.loss_fn, self.strict, self.origin)
 
     def adapter(self, k: int) -> dict[str, Tensor]:
         """Return one of the adapters."""
@@ -133,14 +128,16 @@ def _difference(sweep: Sweep) -> str | None:
         loss_fn=None if sweep.loss_fn is None else lambda output, _: output,
         origin=object(),
     )
-    quiet = Put(_quiet_slots(uncompiled(sweep.model), sweep.origin))
+    ends = [*accumulate(sweep.sizes)]
+    firsts = [end - size for end, size in zip(ends, sweep.sizes, strict=True)]
+    precision = _precision(sweep)
+    quiet = Put(quiet_slots(uncompiled(sweep.model), sweep.origin))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet:
         with Selections():  # type: ignore[no-untyped-call]
-            together = _copied(sweep).together()
-        starts = [sum(sweep.sizes[:i]) for i in range(len(sweep.sizes) + 1)]
-        for k in sorted({*starts[:-1], *(start - 1 for start in starts[1:])}):
-            alone = without_caches(_copied(sweep).alone(k))
-            off = difference(of_adapter(together, k), alone, _precision(sweep))
+            together = sweep._replace(batch=copied(sweep.batch)).together()
+        for k in sorted({*firsts, *(end - 1 for end in ends)}):
+            alone = sweep._replace(batch=copied(sweep.batch)).alone(k)
+            off = difference(of_adapter(together, k), without_caches(alone), precision)
             if off is not None:
                 return (
                     f"the model gives adapter {k} another output in a batch with others than alone "
@@ -148,21 +145,6 @@ def _difference(sweep: Sweep) -> str | None:
                     'rounding, pass check="never"'
                 )
     return None
-
-
-def _copied(sweep: Sweep) -> Sweep:
-    """The same with a batch into which a model may write."""
-    batch = dict(sweep.batch) if isinstance(sweep.batch, Mapping) else sweep.batch
-    copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, batch)
-    return sweep._replace(batch=copies)
-
-
-def _quiet_slots(model: nn.Module, origin: object) -> Iterator[Slot]:
-    """Take the model for ourselves, and put it into eval mode."""
-    token, modules = object(), identities(structure(model))
-    yield running, token, Run(modules, modules, origin, None, threading.get_ident())
-    refuse_others(token)
-    yield from ((vars(module), "training", False) for module in model.modules())
 
 
 def _moved(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -180,7 +162,7 @@ def _moved(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _precision(sweep: Sweep) -> float:
     """The coarsest epsilon that something is computed with."""
     dtypes = {parameter.dtype for parameter in sweep.model.parameters()}
-    dtypes |= {value.dtype for value in tree_leaves(sweep.batch) if isinstance(value, Tensor)}
+    dtypes |= {tensor.dtype for tensor in tensors_of(sweep.batch)}
     for kind in {parameter.device.type for parameter in sweep.model.parameters()}:
         if torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
@@ -188,14 +170,14 @@ def _precision(sweep: Sweep) -> float:
     return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
 
 
-def _refuse_unfoldable(model: nn.Module, plan: Plan) -> None:
-    for norm in filter(None, (reference() for reference in plan.norms)):
+def _refuse_unfoldable(model: nn.Module, plans: Sequence[Plan]) -> None:
+    for norm in filter(None, (reference() for reference in plans[0].norms)):
         if norm.training or norm.running_mean is None:
             raise FoldError(
                 f"{type(norm).__name__}: its statistics are over the rows of all adapters; call "
                 "eval() on it"
             )
-    everywhere = [site for site in plan.sites if site.everywhere]
+    everywhere = [site for plan in plans for site in plan.sites if site.everywhere]
     places = shared_parameters(model) if everywhere else {}
     for site in everywhere:
         module = site.module()

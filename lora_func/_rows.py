@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_func._errors import FoldError
 from lora_func._frozen import Forward
 from lora_func._plan import Site
 from lora_func._selection import refuse_selected
 from lora_func._sites import leaves_of, run_sites, runs_apply
+from lora_func._trees import joined, tensors_of
 
 
 class Rows(NamedTuple):
@@ -74,7 +75,7 @@ def folded_forward(
         for j, part in enumerate(parts):
             mine = [pieces[i][j] if i in pieces else value for i, value in enumerate(values)]
             outputs.append(_run_part(part, module, frozen, share, mine, layout))
-        return outputs[0] if len(outputs) == 1 else tree_map(_joined, *outputs)
+        return _joined(outputs)
 
     return forward
 
@@ -116,12 +117,10 @@ def _run_part(
         rows = slice(k * share, (k + 1) * share)
         mine = [v[rows] if isinstance(v, Tensor) and v.ndim else v for v in values]
         outputs.append(one({key: stack[k] for key, stack in part.params.items()}, *mine))
-    return outputs[0] if len(outputs) == 1 else tree_map(_joined, *outputs)
+    return _joined(outputs)
 
 
-def _joined(*pieces: Any) -> Any:
-    if not isinstance(pieces[0], Tensor):
-        return pieces[0]
-    if not pieces[0].ndim:
+def _joined(pieces: Sequence[Any]) -> Any:
+    if len(pieces) > 1 and not all(tensor.ndim for tensor in tensors_of(pieces[0])):
         raise FoldError("an adapted module gives a number, which adapters cannot share")
-    return torch.cat(pieces)
+    return joined(pieces)

@@ -2,13 +2,14 @@
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from lora_func._errors import BusyModelError
 from lora_func._modules import identities, structure
+from lora_func._slots import Slot
 
 
 class Work(Protocol):
@@ -92,6 +93,22 @@ def refuse_others(mine: object) -> None:
                 "it holds one at a time; use a copy of its modules over the same tensors, made "
                 "beforehand: skeleton(model)"
             )
+
+
+def quiet_slots(model: nn.Module, origin: object) -> Iterator[Slot]:
+    """Say what to write where to take a model for oneself, and to put it into eval mode.
+
+    Args:
+        model: The model.
+        origin: Whose runs it may still be used by.
+
+    Yields:
+        Slots. Whoever runs the model gets a ``BusyModelError`` before its mode is changed.
+    """
+    token, modules = object(), identities(structure(model))
+    yield running, token, Run(modules, modules, origin)
+    refuse_others(token)
+    yield from ((vars(module), "training", False) for module in model.modules())
 
 
 def skeleton(model: nn.Module) -> nn.Module:

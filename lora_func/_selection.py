@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lora_func._errors import FoldError
+from lora_func._trees import tensors_of
 
 _MARK = "_lora_func_selected"
 
@@ -23,11 +23,11 @@ class Selections(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_of((args, kwargs))
         if _selects(func, inputs) or any(hasattr(tensor, _MARK) for tensor in inputs):
             # what has the shape of something unselected has its rows, as when a part is put back
             whole = {tensor.shape for tensor in inputs if not hasattr(tensor, _MARK)}
-            for tensor in _tensors(output):
+            for tensor in tensors_of(output):
                 if tensor.shape not in whole:
                     setattr(tensor, _MARK, True)
         return output
@@ -56,7 +56,3 @@ def _selects(func: Any, inputs: Iterable[Tensor]) -> bool:
     # indexing has a known shape unless the index is a mask
     masks = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in inputs)
     return masks or func is not torch.ops.aten.index.Tensor
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from lora_func._batch import LossFn
 from lora_func._checks import check_choice, check_count, check_number
-from lora_func._fold import batch_of, joined, refuse_other_axes
-from lora_func._fold import stacked as stacked_results
+from lora_func._fold import batch_of, refuse_other_axes
 from lora_func._keys import partition
 from lora_func._proof import Sweep, require_proof
 from lora_func._stack import size_of
+from lora_func._trees import joined
+from lora_func._trees import stacked as stacked_trees
 
 Stack: TypeAlias = Mapping[str, Tensor]
 
@@ -82,33 +83,34 @@ def vcall(
     if chunk is not None:
         check_count("chunk", chunk)
     stacks = [stacked] if isinstance(stacked, Mapping) else [*stacked]
+    sizes = [size_of(stack) for stack in stacks]
+    if not sum(sizes):
+        raise ValueError("stacked: got no adapter")
     if batched:
-        refuse_other_axes(batch, sum(map(size_of, stacks)))
+        refuse_other_axes(batch, sum(sizes))
     pieces = []
-    for share, place in _shares(stacks, chunk):
-        own, sizes = batch_of(batch, batched, place), tuple(map(size_of, share))
-        sweep = Sweep(model, share, sizes, own, batched, loss_fn, strict)
+    for share, of_each, place in _shares(stacks, sizes, chunk or sum(sizes)):
+        own = batch_of(batch, batched, place)
+        sweep = Sweep(model, share, of_each, own, batched, loss_fn, strict)
         pieces.append(_run(sweep, check, fallback))
     return joined(pieces)
 
 
-def _shares(stacks: Sequence[Stack], chunk: int | None) -> Iterator[tuple[list[Stack], slice]]:
-    """The adapters that run together, and where they stand among all."""
-    sizes = [size_of(stack) for stack in stacks]
-    if not sum(sizes):
-        raise ValueError("stacked: got no adapter")
-    if chunk is None or sum(sizes) <= chunk:
-        yield [*stacks], slice(0, sum(sizes))
-        return
+def _shares(
+    stacks: Sequence[Stack], sizes: Sequence[int], chunk: int
+) -> Iterator[tuple[list[Stack], tuple[int, ...], slice]]:
+    """The adapters that run together, how many are of each stack, and their place among all."""
     for start in range(0, sum(sizes), chunk):
         stop, first = min(start + chunk, sum(sizes)), 0
-        share: list[Stack] = []
+        share: list[tuple[Stack, int]] = []
         for stack, size in zip(stacks, sizes, strict=True):
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                share.append({key: leaf[low:high] for key, leaf in stack.items()})
+                whole = high - low == size
+                cut = stack if whole else {key: leaf[low:high] for key, leaf in stack.items()}
+                share.append((cut, high - low))
             first += size
-        yield share, slice(start, stop)
+        yield [cut for cut, _ in share], tuple(size for _, size in share), slice(start, stop)
 
 
 def _run(sweep: Sweep, check: str, fallback: str) -> Any:
@@ -120,7 +122,7 @@ def _run(sweep: Sweep, check: str, fallback: str) -> Any:
         except Exception:
             if fallback == "raise":
                 raise
-    return stacked_results([sweep.alone(k) for k in range(sweep.size)])
+    return stacked_trees([sweep.alone(k) for k in range(sweep.size)])
 
 
 def clip_grad_norm(adapters: Stack | Sequence[Stack], max_norm: float) -> Tensor:

@@ -97,7 +97,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         names = [name for name, _ in named_parameters(model)]
         sites = _trained_parameters(model, cfg)
     elif isinstance(cfg, LinearConfig):
-        names = [*dict(model.named_modules()), *dict(named_parameters(model))]
+        names = [name for name, _ in (*model.named_modules(), *named_parameters(model))]
         sites, left_out = _matrices(model, cfg)
     else:
         raise TypeError(

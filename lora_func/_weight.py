@@ -149,6 +149,16 @@ def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> A
     return Affine(found.mT if _is_transposed(module, name, found) else found, bias)
 
 
+def refuse_computed(path: str, own: Mapping[str, Any], name: str) -> None:
+    """Refuse a weight that the module does not keep as a parameter, such as a parametrized one.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if own.get(name) is None:
+        raise TypeError(f"{path}: its weight is computed when it is read; remove what computes it")
+
+
 def stored(module: nn.Module, own: Mapping[str, Any], name: str, weight: Tensor) -> Tensor:
     """Give what ``matrix`` read back the layout in which the module keeps it."""
     found = weight.mT if _is_transposed(module, name, weight) else weight

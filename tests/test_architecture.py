@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # a module may import from the rows above its own
 LAYERS = [
     {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch", "_compare"},
-    {"_frozen"},
+    {"_frozen", "_trees"},
     {"_config", "_padding"},
     {"_types"},
     {

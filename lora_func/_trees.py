@@ -1,0 +1,30 @@
+"""Trees of tensors: batches, outputs, and whatever goes into a call."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors in a tree."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def stacked(trees: Sequence[Any]) -> Any:
+    """Stack the tensors of trees that are alike; what is no tensor comes from the first."""
+    return _over_tensors(torch.stack, trees)
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """Join the tensors of trees that are alike along their first axis."""
+    return trees[0] if len(trees) == 1 else _over_tensors(torch.cat, trees)
+
+
+def _over_tensors(join: Callable[..., Tensor], trees: Sequence[Any]) -> Any:
+    def of_leaf(*values: Any) -> Any:
+        return join(values) if isinstance(values[0], Tensor) else values[0]
+
+    return tree_map(of_leaf, *trees)
