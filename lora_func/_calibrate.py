@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from lora_func._batch import LossFn, arguments, result
 from lora_func._config import AdapterConfig
-from lora_func._modules import forward_slot
+from lora_func._frozen import Forward, other_forward
+from lora_func._packed import is_quantised
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import quiet_slots
 from lora_func._slots import Put, Slot
@@ -130,21 +131,22 @@ class _Gather:
             return self.model(*args, **kwargs)
 
     def _slots(self, see: See) -> Iterator[Slot]:
-        for site in self.observers:
-            module = self.model.get_submodule(site)
-            # where an adapter goes, so that it sees what an adapter will
-            slot = forward_slot(module)
-            yield vars(module), slot, partial(_watched, site, see, getattr(module, slot))
+        for path, module in self.model.named_modules():
+            if path in self.observers:
+                yield other_forward(module, path, partial(_watching, path, see))
+            elif is_quantised(module):
+                yield other_forward(module, path)
 
 
-def _watched(
-    site: str, see: See, forward: Callable[[Tensor], Tensor], *args: Tensor, **kwargs: Tensor
-) -> Tensor:
-    (x,) = (*args, *kwargs.values())
-    y = forward(x)
-    with torch.autocast(x.device.type, enabled=False):
-        replaced = see(site, x, y)
-    return y if replaced is None else replaced
+def _watching(site: str, see: See, frozen: Forward) -> Forward:
+    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        y: Tensor = frozen(x)
+        with torch.autocast(x.device.type, enabled=False):
+            replaced = see(site, x, y)
+        return y if replaced is None else replaced
+
+    return forward
 
 
 def _version(x: Tensor) -> int:

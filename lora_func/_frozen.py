@@ -1,11 +1,17 @@
 """What a module has without an adapter, while it runs with one."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lora_func._errors import UnusedLeafError
+from lora_func._modules import forward_slot
+from lora_func._packed import is_quantised
+from lora_func._slots import Slot
+from lora_func._weight import affine, linear
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -68,17 +74,40 @@ def refuse_unused(unused: Iterable[set[str] | None]) -> None:
         )
 
 
-def frozen_forward(module: nn.Module, slot: str, path: str) -> Forward:
-    """Return what a module runs without an adapter.
+def other_forward(
+    module: nn.Module, path: str, make: Callable[[Forward], Forward] = lambda frozen: frozen
+) -> Slot:
+    """Say what to write where so that a module runs another forward.
 
     Args:
         module: The module.
-        slot: The attribute whose place an adapter takes.
-        path: The module's path, for the message.
+        path: Its path, for messages.
+        make: Given what the module runs without an adapter, makes the other; as it is, that is
+            another for a quantised layer alone.
+
+    Returns:
+        The slot.
 
     Raises:
         TypeError: If the user's own function stands there.
     """
+    slot = forward_slot(module)
+    frozen = _frozen_forward(module, slot, path)
+    forward = make(partial(_run_quantised, path, module) if is_quantised(module) else frozen)
+    if not torch.compiler.is_compiling():
+        setattr(forward, FROZEN, frozen)
+    return vars(module), slot, forward
+
+
+def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:
+    try:
+        W = affine(module)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    return linear(x, W)
+
+
+def _frozen_forward(module: nn.Module, slot: str, path: str) -> Forward:
     found: Forward = getattr(module, slot)
     frozen: Forward | None = getattr(found, FROZEN, None)
     if frozen is None and slot == "forward" and slot in vars(module):

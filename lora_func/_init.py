@@ -195,8 +195,12 @@ def _frozen(model: nn.Module, target: Target) -> Any:
             _refuse_without_data(target.site, tensor)
         return own
     if parameter is None and is_linear(module):
-        W = affine(module)
-        _refuse_without_data(target.site, W.weight)
+        try:
+            W = affine(module)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{target.site}: {error}") from None
+        if isinstance(W.weight, Tensor):
+            _refuse_without_data(target.site, W.weight)
         return W
     name = parameter or "weight"
     refuse_computed(target.site, module._parameters, name)

@@ -12,23 +12,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_func._checkpoint import intercepted
-from lora_func._frozen import (
-    FROZEN,
-    Forward,
-    frozen_forward,
-    frozen_parameters,
-)
+from lora_func._frozen import Forward, frozen_parameters, other_forward
 from lora_func._losses import losses_apart
 from lora_func._modules import (
     PartOfCall,
-    forward_slot,
     identities,
     named_parameters,
     structure,
     uncompiled,
 )
 from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
-from lora_func._rows import Part, Rows, folded_forward
+from lora_func._rows import Part, Rows, folded_forward, untouched_forward
 from lora_func._running import Run, refuse_others, running
 from lora_func._sites import Replacement, leaves_of, parameter_slots, replacements, run_sites
 from lora_func._slots import Put, Slot
@@ -80,7 +74,10 @@ class Injection:
             return self
         inside = identities(structure(module))
         plans = tuple(
-            plan._replace(sites=tuple(s for s in plan.sites if id(s.module()) in inside))
+            plan._replace(
+                sites=tuple(s for s in plan.sites if id(s.module()) in inside),
+                quantised=tuple(q for q in plan.quantised if id(q[1]()) in inside),
+            )
             for plan in self.plans
         )
         adapters = tuple(
@@ -125,9 +122,10 @@ class Injection:
 
     def _exclusive_slots(self) -> Iterator[Slot]:
         mine = object()
-        sites = frozenset(id(site.module()) for plan in self.plans for site in plan.sites)
+        others = {id(site.module()) for plan in self.plans for site in plan.sites}
+        others |= {id(module()) for _, module in self.plans[0].quantised}
         modules = identities(self.plans[0].structure)
-        run = Run(sites, modules, self.origin, self, threading.get_ident())
+        run = Run(frozenset(others), modules, self.origin, self, threading.get_ident())
         yield running, mine, run
         refuse_others(mine)
         yield from self._slots()
@@ -135,13 +133,14 @@ class Injection:
             yield from transformable(self.model)
 
     def _slots(self) -> Iterator[Slot]:
-        for module, sites in self._sites_by_module():
-            slot, ((site, *_), *_) = forward_slot(module), filter(None, sites)
-            frozen = frozen_forward(module, slot, site.path)
-            forward = self._forward(module, frozen, sites)
-            if not torch.compiler.is_compiling():
-                setattr(forward, FROZEN, frozen)
-            yield vars(module), slot, forward
+        adapted = {id(module): (module, sites) for module, sites in self._sites_by_module()}
+        for module, sites in adapted.values():
+            path = _paths(sites)
+            yield other_forward(module, path, partial(self._forward, path, module, sites))
+        for path, reference in self.plans[0].quantised:
+            frozen = reference()
+            if frozen is not None and id(frozen) not in adapted:
+                yield other_forward(frozen, path, partial(self._untouched, path, frozen))
         yield from parameter_slots(self.replaced, self.unused[0])
 
     def _sites_by_module(self) -> Iterator[tuple[nn.Module, list[list[Site]]]]:
@@ -156,8 +155,11 @@ class Injection:
                     here[1][i].append(site)
         yield from found.values()
 
+    def _untouched(self, path: str, module: nn.Module, frozen: Forward) -> Forward:
+        return frozen if self.rows is None else untouched_forward(path, module, frozen, self.rows)
+
     def _forward(
-        self, module: nn.Module, frozen: Forward, sites: Sequence[Sequence[Site]]
+        self, path: str, module: nn.Module, sites: Sequence[Sequence[Site]], frozen: Forward
     ) -> Forward:
         run: Forward
         if self.rows is None:
@@ -171,14 +173,14 @@ class Injection:
                     self.rows.sizes, sites, keys, self.adapters, self.unused, strict=True
                 )
             ]
-            run = folded_forward(_paths(sites), module, frozen, self.rows, parts)
+            run = folded_forward(path, module, frozen, self.rows, parts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
                 return run(*args, **kwargs)
             except Exception as error:
                 variants = {site.variant.name: None for here in sites for site in here}
-                error.add_note(f"in the {', '.join(variants)} adapter of {_paths(sites)!r}")
+                error.add_note(f"in the {', '.join(variants)} adapter of {path!r}")
                 raise
 
         return forward

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_func._modules import named_parameters
+from lora_func._packed import is_packed
 from lora_func._patterns import first_match, require_matches, some
 
 
@@ -36,7 +37,7 @@ def refuse_untrainable(name: str, parameters: Mapping[str, Tensor]) -> None:
         parameters: All of the model's.
 
     Raises:
-        TypeError: If it is no float.
+        TypeError: If it is no float, or packed by bitsandbytes.
         ValueError: If it lies in the memory of another, or has the name of a constant.
     """
     parameter = parameters[name]
@@ -50,8 +51,9 @@ def refuse_untrainable(name: str, parameters: Mapping[str, Tensor]) -> None:
             f"{name}: shares its memory with {some(views)} without being the same parameter, and "
             "training one of them would untie them; make them one parameter, or two"
         )
-    if not parameter.is_floating_point():
-        raise TypeError(f"{name}: {parameter.dtype} cannot be trained; accepted are floats")
+    if is_packed(parameter) or not parameter.is_floating_point():
+        kind = "a packed weight" if is_packed(parameter) else parameter.dtype
+        raise TypeError(f"{name}: {kind} cannot be trained; accepted are floats")
     if name.rpartition(".")[2].startswith("_"):
         raise ValueError(
             f"{name}: a leaf whose name starts with an underscore is a constant and is never "

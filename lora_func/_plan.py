@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_func._keys import RANK, group
 from lora_func._modules import Structure, place_of, structure
+from lora_func._packed import is_quantised
 from lora_func._transforms import has_fast_path, transformed
 from lora_func._types import Variant
 from lora_func._weight import bias_name, has_matrix, is_linear, refuse_computed
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
         checkpoints: The modules that can recompute their part of the model in the backward pass,
             weakly.
         norms: The modules that can take statistics over the batch, weakly.
+        quantised: Path and module, weakly, of each layer that bitsandbytes has quantised.
         fast_path: Whether the model has layers with a fused inference kernel.
         folds: What the first fold of this layout with others showed: why they cannot share a call,
             or None.
@@ -60,6 +62,7 @@ class Plan(NamedTuple):
     sites: tuple[Site, ...]
     checkpoints: tuple[Callable[[], nn.Module | None], ...]
     norms: tuple[Callable[[], nn.Module | None], ...]
+    quantised: tuple[tuple[str, Callable[[], nn.Module | None]], ...]
     fast_path: bool
     folds: dict[Any, str | None]
 
@@ -135,6 +138,7 @@ def _make_plan(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
         tuple(site for of_module in sites.values() for site in of_module),
         tuple(ref(m) for m in modules if hasattr(m, "gradient_checkpointing")),
         tuple(ref(m) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)),
+        tuple((path, ref(m)) for path, m in model.named_modules() if is_quantised(m)),
         has_fast_path(model),
         {},
     )
@@ -170,8 +174,9 @@ def _refuse_without_matrix(
 ) -> None:
     if as_module and not has_matrix(module):
         raise TypeError(
-            f"{path}: {variant.name} adapts torch.nn.Linear, transformers' Conv1D, convolutions, "
-            f"embeddings, and parameters by their own name; found {type(module).__name__}"
+            f"{path}: {variant.name} adapts torch.nn.Linear, transformers' Conv1D, bitsandbytes' "
+            "quantised linear layers, convolutions, embeddings, and parameters by their own name; "
+            f"found {type(module).__name__}"
         )
     if variant.weight is None:
         raise TypeError(

@@ -19,6 +19,7 @@ from lora_func._inject import Injection, injection
 from lora_func._keys import parse
 from lora_func._losses import CompiledLossesApart
 from lora_func._modules import uncompiled
+from lora_func._packed import is_quantised, packed
 from lora_func._plan import Plan, plan_of
 from lora_func._rows import Rows
 from lora_func._running import quiet_slots
@@ -166,8 +167,9 @@ def _precision(sweep: Sweep) -> float:
     for kind in {parameter.device.type for parameter in sweep.model.parameters()}:
         if torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
-    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
-    return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
+    floats = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
+    quantised = [packed(module).eps for module in sweep.model.modules() if is_quantised(module)]
+    return max([*floats, *quantised], default=0.0)
 
 
 def _refuse_unfoldable(model: nn.Module, plans: Sequence[Plan]) -> None:

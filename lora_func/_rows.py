@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_func._errors import FoldError
 from lora_func._frozen import Forward
+from lora_func._packed import mixes_rows
 from lora_func._plan import Site
 from lora_func._selection import refuse_selected
 from lora_func._sites import leaves_of, run_sites, runs_apply
@@ -80,6 +81,26 @@ def folded_forward(
     return forward
 
 
+def untouched_forward(path: str, module: nn.Module, frozen: Forward, rows: Rows) -> Forward:
+    """Make the forward of a quantised module that several adapters run through and none changes.
+
+    Args:
+        path: The module's path, for messages.
+        module: The module.
+        frozen: Its own forward.
+        rows: Whose rows are whose.
+
+    Returns:
+        A function of what the module is called with.
+    """
+    apart = folded_forward(path, module, frozen, rows, [Part(rows.adapters, (), {}, None)])
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (apart if mixes_rows(module) else frozen)(*args, **kwargs)
+
+    return forward
+
+
 def _rows_of_one(path: str, tensors: Sequence[Tensor], rows: Rows) -> int:
     counts = {tensor.shape[0] for tensor in tensors}
     count = next(iter(counts), 1)
@@ -96,18 +117,20 @@ def _rows_of_one(path: str, tensors: Sequence[Tensor], rows: Rows) -> int:
 def _run_part(
     part: Part, module: nn.Module, frozen: Forward, share: int, values: list[Any], layout: Any
 ) -> Any:
-    if not part.sites:
+    if not part.sites and not mixes_rows(module):
         args, kwargs = tree_unflatten(values, layout)
         return frozen(*args, **kwargs)
 
     def one(params: Mapping[str, Tensor], *values: Any) -> Any:
         args, kwargs = tree_unflatten([*values], layout)
+        if not part.sites:
+            return frozen(*args, **kwargs)
         leaves = [leaves_of(site, params) for site in part.sites]
         return run_sites(part.sites, module, frozen, leaves, *args, **kwargs)
 
     if part.unused is not None:
         part.unused.difference_update(part.params)
-    if runs_apply(part.sites, module):
+    if not part.sites or runs_apply(part.sites, module):
         (x,) = values
         y = torch.vmap(one, randomness="different")(part.params, x.unflatten(0, (part.size, share)))
         assert isinstance(y, Tensor)

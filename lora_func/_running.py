@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_func._errors import BusyModelError
 from lora_func._modules import identities, structure
+from lora_func._packed import is_state
 from lora_func._slots import Slot
 
 
@@ -40,7 +41,7 @@ class Run(NamedTuple):
     """An adapter at work.
 
     Attributes:
-        sites: The ids of the adapted modules.
+        sites: The ids of the modules that run another forward.
         modules: The ids of all modules of the model.
         origin: Who runs; a repeated part of a call has the origin of the call.
         work: What was put into the model, if it can be put there again.
@@ -118,7 +119,8 @@ def skeleton(model: nn.Module) -> nn.Module:
         model: The model; not inside ``adapted`` or ``fcall``.
 
     Returns:
-        A module tree of its own that shares parameters, buffers and tensor attributes.
+        A module tree of its own that shares parameters, buffers, tensor attributes and what belongs
+        to quantised weights.
 
     Raises:
         BusyModelError: If the model is running with an adapter.
@@ -136,8 +138,8 @@ def skeleton(model: nn.Module) -> nn.Module:
             "copy would keep; make the skeletons first"
         )
     attributes = [value for module in model.modules() for value in vars(module).values()]
-    tensors = [value for value in attributes if isinstance(value, Tensor)]
+    held = [value for value in attributes if isinstance(value, Tensor) or is_state(value)]
     shared: dict[int, Any] = {
-        id(tensor): tensor for tensor in (*tensors, *model.parameters(), *model.buffers())
+        id(value): value for value in (*held, *model.parameters(), *model.buffers())
     }
     return copy.deepcopy(model, shared)

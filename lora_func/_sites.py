@@ -10,7 +10,7 @@ from lora_func._frozen import Forward, Watched, frozen_parameters, shared_parame
 from lora_func._keys import SHARED, parse
 from lora_func._plan import Site
 from lora_func._slots import Put, Slot
-from lora_func._weight import Affine, affine, bias_name, is_stack, matrix, stored
+from lora_func._weight import Affine, affine, bias_name, dense, is_stack, matrix, stored
 
 
 def leaves_of(
@@ -169,7 +169,7 @@ def _views(site: Site, W: Affine, leaves: Mapping[str, Tensor]) -> tuple[Tensor,
         shared = {leaf for leaf, key in site.keys.items() if parse(key).site == SHARED}
         dims = {leaf: None if leaf in shared else 0 for leaf in leaves}
         views = torch.vmap(views, in_dims=(0, None if W.bias is None else 0, dims))
-    new_weight, *new_bias = views(*W, dict(leaves))
+    new_weight, *new_bias = views(dense(W), W.bias, dict(leaves))
     return new_weight, new_bias[0] if new_bias else None
 
 

@@ -153,8 +153,8 @@ def _refuse_unadaptable(model: nn.Module, target: Target) -> None:
     if name is None and not has_matrix(module):
         raise TypeError(
             f"{target.site}: {_foreign(module)}; accepted are torch.nn.Linear, transformers' "
-            "Conv1D, convolutions and embeddings; leave it out with exclude_modules, or name its "
-            "weight with target_parameters"
+            "Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, convolutions and embeddings; leave "
+            "it out with exclude_modules, or name its weight with target_parameters"
         )
     if name is not None:
         try:
@@ -163,7 +163,7 @@ def _refuse_unadaptable(model: nn.Module, target: Target) -> None:
             raise TypeError(
                 f"{target.site}: {error}; accepted are parameters of two or three axes"
             ) from None
-        if not W.weight.is_floating_point():
+        if not W.dtype.is_floating_point:
             raise TypeError(f"{target.site}: {W.dtype} cannot be adapted; accepted are floats")
 
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, device, dtype, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lora_func._packed import Packed, is_packed, is_quantised, packed
+from lora_func._quantised import quantised_linear, quantised_times
+
 
 class Affine(NamedTuple):
     """A frozen layer ``x -> x Wᵀ + b``, as a variant sees it.
@@ -19,11 +22,11 @@ class Affine(NamedTuple):
     and a sum: only so is an adapter that changes nothing equal to the layer bit for bit.
 
     Attributes:
-        weight: ``W``, shape (d_out, d_in).
+        weight: ``W``, shape (d_out, d_in); packed where the layer is quantised.
         bias: ``b``, shape (d_out,), or None.
     """
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None = None
 
     @property
@@ -56,7 +59,24 @@ def linear(x: Tensor, W: Weight) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return F.linear(x, *W) if isinstance(W, Affine) else F.linear(x, W)
+    weight, bias = W if isinstance(W, Affine) else (W, None)
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    return quantised_linear(x, weight, bias)
+
+
+def times(A: Tensor, W: Weight) -> Tensor:
+    """Compute ``A Wᵀ`` for a matrix that is no activation; an 8-bit layer would round it.
+
+    Args:
+        A: Shape (..., d_in).
+        W: The frozen weight; a bias that it carries is left out.
+
+    Returns:
+        Shape (..., d_out), in the dtype of W.
+    """
+    weight, A = W.weight if isinstance(W, Affine) else W, A.to(W.dtype)
+    return F.linear(A, weight) if isinstance(weight, Tensor) else quantised_times(A, weight)
 
 
 def dense(W: Weight) -> Tensor:
@@ -66,14 +86,10 @@ def dense(W: Weight) -> Tensor:
         W: The frozen weight, or the weight with its bias.
 
     Returns:
-        Shape (d_out, d_in).
+        Shape (d_out, d_in); dequantised where the layer is quantised.
     """
-    return W.weight if isinstance(W, Affine) else W
-
-
-def bare(W: Weight) -> Weight:
-    """Return a frozen weight without the bias that it may carry."""
-    return W._replace(bias=None) if isinstance(W, Affine) else W
+    weight = W.weight if isinstance(W, Affine) else W
+    return weight if isinstance(weight, Tensor) else weight.dense(weight.dtype)
 
 
 def bias_of(W: Weight) -> Tensor | None:
@@ -90,17 +106,31 @@ def is_linear(module: nn.Module) -> bool:
         module: Any module.
 
     Returns:
-        True for ``nn.Linear`` and transformers' ``Conv1D``.
+        True for ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' quantised layers.
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or _is_conv1d(module)
+    return plain or _is_conv1d(module) or is_quantised(module)
 
 
 def affine(module: nn.Module) -> Affine:
-    """Read the weight and bias of a linear-like module as they are now; no copy is made."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
+    """Read the weight and bias of a linear-like module as they are now; no copy is made.
+
+    Args:
+        module: A module that ``is_linear`` accepts.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: If it is to be quantised and is not yet, or is for inference alone.
+        TypeError: If it quantises a weight that it trains.
+    """
+    bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
+    if type(module) is not nn.Linear and is_quantised(module):
+        return Affine(packed(module), bias)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     return Affine(weight if isinstance(module, nn.Linear) else weight.T, bias)
 
 
@@ -113,7 +143,8 @@ def has_matrix(module: nn.Module) -> bool:
     Returns:
         True for what ``is_linear`` accepts, for convolutions (not transposed ones) and embeddings.
     """
-    return is_linear(module) or _is_convolution(module) or isinstance(module, nn.Embedding)
+    embedding = isinstance(module, nn.Embedding) and not is_packed(module.weight)
+    return is_linear(module) or _is_convolution(module) or embedding
 
 
 def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> Affine:
@@ -135,6 +166,8 @@ def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> A
         TypeError: If the parameter is no matrix.
     """
     found = own[name]
+    if is_packed(found):
+        raise TypeError(f"{name!r} is packed by bitsandbytes; name its module with target_modules")
     if _is_convolution(module) and name == "weight":
         found = found.flatten(1)
     elif found.ndim not in (2, 3) or isinstance(module, _ConvTransposeNd):
@@ -167,7 +200,7 @@ def stored(module: nn.Module, own: Mapping[str, Any], name: str, weight: Tensor)
 
 def is_stack(W: object) -> bool:
     """Tell whether this is a stack of matrices, as ``matrix`` reads it."""
-    return isinstance(W, Affine) and W.weight.ndim == 3
+    return isinstance(W, Affine) and len(W.weight.shape) == 3
 
 
 def matrices(W: Any) -> list[Any]:

@@ -15,14 +15,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # a module may import from the rows above its own
 LAYERS = [
-    {"_errors", "_weight", "_checks", "_modules", "_slots", "_batch", "_compare"},
+    {"_errors", "_checks", "_modules", "_slots", "_batch", "_compare", "_packed"},
+    {"_transforms"},
+    {"_quantised"},
+    {"_weight"},
     {"_frozen", "_trees"},
     {"_config", "_padding"},
     {"_types"},
     {
         "_linalg",
         "_keys",
-        "_transforms",
         "_roles",
         "_selection",
         "_patterns",

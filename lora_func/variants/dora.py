@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 from lora_func._config import LowRankConfig
 from lora_func._linalg import at_least_float32, kaiming_uniform, refuse_rank_above, without_autocast
 from lora_func._types import Variant
-from lora_func._weight import Weight, bare, bias_of, dense, linear
+from lora_func._weight import Weight, bias_of, dense, linear, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     m, squares, s = params["m"], params["_w_sqnorm"], params["_scale"]
     A, B = (at_least_float32(params[leaf].detach()) for leaf in ("A", "B"))
     with without_autocast(A):
-        WA = linear(A.to(W.dtype), bare(W)).mT.to(A.dtype)
+        WA = times(A, W).mT.to(A.dtype)
         added = s * ((2 * WA + s * B @ (A @ A.mT)) * B).sum(-1)
     # what the sum of squares is precise to, where a row has all but vanished
     least = squares * torch.finfo(W.dtype).eps
