@@ -3,6 +3,7 @@
 bitsandbytes is not imported: whoever has such a layer has imported it.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -153,6 +154,12 @@ def is_packed(parameter: Tensor) -> bool:
     return type(parameter).__module__ == _MODULE
 
 
+def size_of(parameter: Tensor) -> int:
+    """Count the numbers that a parameter stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
 def is_state(value: object) -> bool:
     """Tell whether an attribute of a module holds what belongs to its quantised weight."""
     return type(value).__name__ in ("QuantState", "MatmulLtState")
@@ -194,7 +201,7 @@ def packed(module: nn.Module) -> Packed:
 
 def _packed4(layer: Any) -> Packed4:
     state = getattr(layer.weight, "quant_state", None) or layer.quant_state
-    if state is None or layer.weight.is_meta:
+    if state is None:
         raise ValueError(_NOT_YET)
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
@@ -211,7 +218,7 @@ def _kind(module: nn.Module) -> str | None:
     # by name, so that bitsandbytes stays unimported
     for found in type(module).__mro__:
         if found.__module__ == _MODULE and found.__name__ in _LAYERS:
-            plain = type(module).forward is vars(found)["forward"]
+            plain = type(module).forward is getattr(found, "forward", None)
             return found.__name__ if plain else None
     return None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lora_func._keys import group, partition
+from lora_func._packed import size_of
 from lora_func._types import rank_of
 from lora_func.variants import by_name
 
@@ -63,7 +64,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
     table.columns[0].footer = f"{len(sites)} sites"
     table.columns[-2].footer = f"{total:,}"
     if model is not None:
-        of_model = sum(parameter.numel() for parameter in model.parameters())
+        of_model = sum(size_of(parameter) for parameter in model.parameters())
         table.caption = f"{total / max(of_model, 1):.3%} of the model's parameters"
     return table
 
