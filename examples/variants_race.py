@@ -10,15 +10,14 @@ frozen model gives all their losses, one optimizer trains them with learning rat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 import matplotlib
 import torch
-from probe import VARIANTS, make
+from probe import VARIANTS, add_variants, groups_of, make
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, classify, in_epochs, parser_of
+from tasks import Task, accuracies, classify, in_epochs, parser_of, smoothed
 from tqdm import tqdm
 
 import lora_func as lf
@@ -28,13 +27,7 @@ import matplotlib.pyplot as plt
 
 
 def optimizer_of(adapters: dict[str, lf.Params]) -> torch.optim.Optimizer:
-    groups = []
-    for name, params in adapters.items():
-        trained, _ = lf.partition(params)
-        head = [leaf for key, leaf in trained.items() if ".full." in key]
-        rest = [leaf for key, leaf in trained.items() if ".full." not in key]
-        rates = ((head, 1e-2), (rest, VARIANTS[name].lr))
-        groups += [{"params": leaves, "lr": lr} for leaves, lr in rates if leaves]
+    groups = [group for name in adapters for group in groups_of(adapters[name], VARIANTS[name].lr)]
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
@@ -55,15 +48,6 @@ def race(task: Task, adapters: dict[str, lf.Params], epochs: int, seed: int) -> 
     return torch.stack(curves)
 
 
-def accuracies(task: Task, adapters: dict[str, lf.Params]) -> torch.Tensor:
-    stacks, hits = [lf.stack([params]) for params in adapters.values()], []
-    with torch.no_grad():
-        for batch in tqdm(task.held_out, desc="held out", unit="batch"):
-            logits = lf.vcall(task.model, stacks, batch, loss_fn=lambda out, _: out.logits)
-            hits.append(logits.argmax(-1) == batch["labels"])
-    return torch.cat(hits, 1).double().mean(1)
-
-
 def table(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, title: str) -> Table:
     shown = Table(title=title, box=box.SIMPLE)
     for column in ("place", "variant", "first loss", "last loss", "held-out accuracy"):
@@ -81,9 +65,9 @@ def plot(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, pat
     colors = plt.colormaps["turbo"](torch.linspace(0, 1, len(names)).tolist())
     order = accuracy.argsort(descending=True).tolist()
     for k, color in zip(order, colors, strict=True):
-        losses = curves[:, k].tolist()
-        smooth = [mean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
-        axes.plot(smooth, color=color, label=f"{names[k]}, {accuracy[k]:.1%}")
+        axes.plot(
+            smoothed(curves[:, k].tolist(), 5), color=color, label=f"{names[k]}, {accuracy[k]:.1%}"
+        )
     axes.set(
         xlabel="step", ylabel="training loss (mean of five steps)", title="One step trains all"
     )
@@ -96,11 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the race; return the exit status."""
     small = {"epochs": 1, "packages": 6, "most": 50, "length": 24, "batch_size": 8}
     parser = parser_of(__doc__, "race.png", **small)
-    parser.add_argument("--variants", default="all", help=f"of {', '.join(VARIANTS)}; or all")
+    add_variants(parser, "all")
     options = parser.parse_args(arguments)
-    names = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
-    if unknown := set(names) - set(VARIANTS):
-        parser.error(f"no variants {sorted(unknown)}; there are {', '.join(VARIANTS)}")
+    names = options.variants
 
     task = classify(options)
     adapters = {
@@ -108,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in tqdm(names, desc="init", unit="variant")
     }
     curves = race(task, adapters, options.epochs, options.seed)
-    accuracy = accuracies(task, adapters)
+    stacks = [lf.stack([params]) for params in adapters.values()]
+    accuracy = torch.tensor(accuracies(task, stacks))
     Console(width=max(100, Console().width)).print(table(names, curves, accuracy, task.title))
     plot(names, curves, accuracy, options.plot)
     print(f"loss curves: {options.plot.resolve()}")

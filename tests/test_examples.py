@@ -5,6 +5,7 @@ import influence
 import maml
 import per_sample_gradients
 import pytest
+import qlora
 import sweep
 import variants_race
 from safetensors.torch import load_file
@@ -48,6 +49,12 @@ def test_per_sample_gradients(run, tiny):  # noqa: F811
 
 def test_influence(run, tiny):  # noqa: F811
     run(influence, "influence.png", "--model", str(tiny), *SMALL, "--wrong", "0.4")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora(run, tiny, capsys, bits):  # noqa: F811
+    run(qlora, "qlora.png", "--model", str(tiny), *SMALL, "--bits", str(bits))
+    assert capsys.readouterr().out.count(f"{bits} bits, sweep") == 8
 
 
 def test_maml(run):
