@@ -14,6 +14,7 @@ from lora_func._config import (
 from lora_func._errors import BusyModelError, FoldError, UnusedLeafError
 from lora_func._init import init
 from lora_func._keys import partition
+from lora_func._merge import merge
 from lora_func._running import skeleton
 from lora_func._stack import stack, unstack
 from lora_func._summary import summary
@@ -77,6 +78,7 @@ __all__ = [
     "find_targets",
     "init",
     "linear",
+    "merge",
     "partition",
     "register",
     "skeleton",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_func._frozen import Forward, Watched, frozen_parameters, shared_parameters
 from lora_func._keys import SHARED, parse
+from lora_func._packed import is_quantised
 from lora_func._plan import Site
 from lora_func._slots import Put, Slot
 from lora_func._weight import Affine, affine, bias_name, dense, is_stack, matrix, stored
@@ -59,7 +60,7 @@ def run_sites(
     own: Any = module._parameters
     replaced: dict[str, Tensor] = {}
     for site, of_it in zip(sites, leaves, strict=True):
-        replaced |= _effective(site, module, own, of_it)
+        replaced |= effective(site, module, own, of_it)
     with Put((own, name, tensor) for name, tensor in replaced.items()):
         return frozen(*args, **kwargs)
 
@@ -88,15 +89,20 @@ class Replacement(NamedTuple):
 def replacements(
     model: nn.Module, sites: Iterable[Site], params: Mapping[str, Tensor]
 ) -> tuple[Replacement, ...]:
-    """Compute the parameters that are replaced for a whole call.
+    """Compute the parameters with which a model does what it does with an adapter.
 
     Args:
-        model: The model; a parameter that several modules share is replaced in each of them.
-        sites: The sites, as far as they replace parameters everywhere.
+        model: The model; a parameter that several modules share is replaced in each of them, where
+            the site is one that replaces it everywhere.
+        sites: The sites.
         params: The adapter.
 
     Returns:
         What is replaced in each module.
+
+    Raises:
+        TypeError: If a variant has no weight to put there.
+        ValueError: If a leaf has not its parameter's shape.
     """
     changed: dict[int, Replacement] = {}
     places = shared_parameters(model)
@@ -105,10 +111,14 @@ def replacements(
         assert module is not None
         own, unread = frozen_parameters(module), {*site.keys.values()}
         base = {name: None if p is None else p.detach() for name, p in own.items()}
+        if is_quantised(module):
+            base["weight"] = dense(affine(module))
         leaves = leaves_of(site, params, None if torch.compiler.is_compiling() else unread)
-        for name, tensor in _effective(site, module, base, leaves).items():
-            read = {site.keys[name]} if site.parameter is None else {*site.keys.values()} - unread
-            for holder, alias in places.get(id(own[name]), [(module, name)]):
+        for name, tensor in effective(site, module, base, leaves).items():
+            own_leaf = site.variant.parameters is not None
+            read = {site.keys[name]} if own_leaf else {*site.keys.values()} - unread
+            here = [(module, name)]
+            for holder, alias in places.get(id(own[name]), here) if site.everywhere else here:
                 found = changed.setdefault(id(holder), Replacement(holder, {}, {}))
                 found.new[alias], found.reads[alias] = tensor, read
     return tuple(changed.values())
@@ -132,15 +142,33 @@ def parameter_slots(replaced: Iterable[Replacement], unused: set[str] | None) ->
             yield vars(module), "_parameters", Watched({**own, **new}, reads, unused, own)
 
 
-def _effective(
+def effective(
     site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The parameters with which a module computes what the adapted one does, by name."""
-    name = site.parameter
-    if name is None:
-        assert site.variant.parameters is not None
+    """Return the parameters with which a module computes what the adapted one does.
+
+    Args:
+        site: The site.
+        module: Its module.
+        own: The module's own parameters.
+        leaves: The site's leaves.
+
+    Returns:
+        The parameters that differ, by name.
+
+    Raises:
+        TypeError: If the variant has no weight to put there.
+        ValueError: If a leaf has not its parameter's shape.
+    """
+    name = site.parameter or "weight"
+    if site.variant.parameters is not None:
         replaced = site.variant.parameters(own, leaves)
     else:
+        if site.variant.weight is None:
+            raise TypeError(
+                f"{site.path}: {site.variant.name} is not linear in x and has no weight; run the "
+                "model in a block of `with adapted(model, params)`"
+            )
         weight, bias = _views(site, matrix(module, own, name), leaves)
         replaced = {name: stored(module, own, name, weight)}
         if bias is not None:

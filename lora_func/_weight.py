@@ -230,5 +230,7 @@ def _is_transposed(module: nn.Module, name: str, weight: Tensor) -> bool:
 
 def _is_conv1d(module: nn.Module) -> bool:
     # by name, so that transformers stays unimported
-    found = type(module)
-    return found.__name__ == "Conv1D" and found.__module__ == "transformers.pytorch_utils"
+    for found in type(module).__mro__:
+        if found.__name__ == "Conv1D" and found.__module__ == "transformers.pytorch_utils":
+            return type(module).forward is getattr(found, "forward", None)
+    return False

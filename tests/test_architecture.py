@@ -39,7 +39,7 @@ LAYERS = [
     {"_targets", "_plan"},
     {"_init", "_stack", "_summary"},
     {"_sites"},
-    {"_rows"},
+    {"_rows", "_merge"},
     {"_inject"},
     {"_call", "_fold"},
     {"_proof"},

@@ -1,0 +1,106 @@
+"""The state dict of a model that has the adapter for its own weights."""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_func._frozen import frozen_parameters, refuse_unused, shared_parameters
+from lora_func._modules import uncompiled
+from lora_func._packed import is_quantised
+from lora_func._plan import plan_of
+from lora_func._sites import Replacement, replacements
+from lora_func._weight import affine, dense
+
+
+def merge(
+    model: nn.Module, params: Mapping[str, Tensor], *, tied: Literal["error", "untie"] = "error"
+) -> dict[str, Tensor]:
+    """Compute the state dict of a model that does without the adapter what this one does with it.
+
+    A quantised model gives floating-point weights, all of them dequantised, for the dense model of
+    the same architecture: nothing is merged into quantised storage. They are the quantised ones, on
+    which the adapter was trained, not those of the checkpoint before it was quantised.
+
+    Args:
+        model: The model; only read.
+        params: The adapter.
+        tied: What to do where an adapter changes one place of a tied weight: refuse it, or "untie",
+            after which the places differ and the model must be told to load them so.
+
+    Returns:
+        New tensors under the names of ``model.state_dict()``; for a bias that the layer had not,
+        one more. Names that share a tensor in the model share one here.
+
+    Raises:
+        KeyError: If a key names no module or parameter of the model, or no variant.
+        TypeError: If a variant has no weight: one that is not linear in x.
+        ValueError: If a tied weight would be untied, two variants name one module, or a leaf has
+            not its parameter's shape.
+        UnusedLeafError: If a variant has no such leaf.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> params = lf.init(model, lf.LoRA(r=2))
+        >>> model.load_state_dict(lf.merge(model, params))
+        <All keys matched successfully>
+    """
+    if tied not in ("error", "untie"):
+        raise ValueError(f"tied: got {tied!r}, expected 'error' or 'untie'")
+    model = uncompiled(model)
+    with torch.no_grad():
+        changed = replacements(model, plan_of(model, params).sites, params)
+        read = {key for _, _, reads in changed for keys in reads.values() for key in keys}
+        refuse_unused([{*params} - read])
+        if tied == "error":
+            _refuse_untying(model, changed)
+        state = _dense_state(model)
+        names = _names(model)
+        copies = {id(tensor): tensor.clone() for _, new, _ in changed for tensor in new.values()}
+        for module, new, _ in changed:
+            for name, tensor in new.items():
+                state.update(dict.fromkeys(names[id(module), name], copies[id(tensor)]))
+    return state
+
+
+def _names(model: nn.Module) -> dict[tuple[int, str], list[str]]:
+    """The names in the state dict of each module's parameters."""
+    names: dict[tuple[int, str], list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in frozen_parameters(module):
+            names.setdefault((id(module), name), []).append(f"{path}.{name}" if path else name)
+    return names
+
+
+def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict, dequantised, in which what was one tensor is one tensor."""
+    modules = model.named_modules(remove_duplicate=False)
+    quantised = {f"{path}." if path else "": m for path, m in modules if is_quantised(m)}
+    weights = {id(module): dense(affine(module)) for module in quantised.values()}
+    copies: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        prefix = next((prefix for prefix in quantised if key.startswith(prefix)), None)
+        if prefix is not None and key == f"{prefix}weight":
+            state[key] = weights[id(quantised[prefix])]
+        elif prefix is None or key == f"{prefix}bias":
+            state[key] = copies.setdefault(id(tensor), tensor.detach().clone())
+    return state
+
+
+def _refuse_untying(model: nn.Module, changed: Iterable[Replacement]) -> None:
+    places, names = shared_parameters(model), _names(model)
+    moved = {(id(module), name) for module, new, _ in changed for name in new}
+    for module, new, _ in changed:
+        for name in new:
+            parameter = frozen_parameters(module)[name]
+            for other, alias in places.get(id(parameter), ()):
+                if (id(other), alias) not in moved:
+                    mine, theirs = names[id(module), name][0], names[id(other), alias][0]
+                    raise ValueError(
+                        f"{mine}: tied to {theirs}, which the adapter does not change; pass "
+                        "tied='untie' for a state dict in which they differ, or name the "
+                        "parameter with target_parameters to change both"
+                    )

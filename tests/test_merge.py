@@ -1,0 +1,126 @@
+"""merge: the state dict of a model that does without the adapter what it did with it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lora_func as lf
+from tests.families import FAMILIES
+from tests.models import batch_for, make, scramble
+from tests.quantised import KINDS, dequantised, make_quantised
+from tests.test_call import assert_same, snapshot
+from tests.test_families import EACH_FAMILY
+from tests.test_variants import adapter, each_pair
+
+
+def close(ours, theirs, dtype=torch.float32):
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def loaded(model, state):
+    """A copy of the model, untied, with this state, which it takes strictly."""
+    model = copy.deepcopy(model)
+    for path, module in model.named_modules():
+        for name, parameter in [*module._parameters.items()]:
+            key = f"{path}.{name}" if path else name
+            if parameter is not None or key in state:
+                setattr(module, name, nn.Parameter(state[key].clone(), requires_grad=False))
+    model.load_state_dict(state)
+    return model
+
+
+@each_pair(lambda case: case.name != "ssteer-add")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_of_every_variant(case, family, dtype):
+    model = make(family, dtype).requires_grad_(False)
+    wide = torch.promote_types(dtype, torch.float32)
+    params, batch = scramble(adapter(case, model, dtype=wide)), batch_for(model)
+    before = snapshot(model)
+    state = lf.merge(model, params)
+    assert_same(before, model)
+    close(loaded(model, state)(**batch).loss, lf.fcall(model, params, batch), dtype)
+    assert {key: tensor.dtype for key, tensor in state.items()} == {
+        key: state[key].dtype if key not in model.state_dict() else tensor.dtype
+        for key, tensor in model.state_dict().items()
+    } | dict.fromkeys(state.keys() - model.state_dict().keys(), dtype)
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert own.isdisjoint(tensor.data_ptr() for tensor in state.values())
+
+
+@EACH_FAMILY
+def test_of_every_family(family):
+    model, batch = family.make(), family.batch()
+    params = family.adapter(model)
+    state = lf.merge(model, params, tied="untie")
+    merged = loaded(model, state)
+    close(
+        lf.fcall(merged, {}, batch, loss_fn=family.loss_fn),
+        lf.fcall(model, params, batch, loss_fn=family.loss_fn),
+    )
+
+
+def test_of_trained_parameters():
+    model, batch = make("bert").requires_grad_(False), batch_for(make("bert"))
+    cfg = [lf.LoRA(r=2), lf.Full(target_parameters="LayerNorm|classifier|embeddings")]
+    params = scramble(lf.init(model, cfg))
+    close(loaded(model, lf.merge(model, params))(**batch).loss, lf.fcall(model, params, batch))
+
+
+def test_a_bias_that_the_layer_had_not():
+    model, x = nn.Sequential(nn.Linear(4, 3, bias=False)).requires_grad_(False), torch.randn(2, 4)
+    params = scramble(lf.init(model, lf.BitFit(allow_new_bias=True)))
+    state = lf.merge(model, params)
+    assert [*state] == ["0.weight", "0.bias"]
+    close(nn.functional.linear(x, state["0.weight"], state["0.bias"]), lf.fcall(model, params, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_of_a_quantised_base(kind, family):
+    """Floating-point weights for the dense model, of the layers without an adapter too."""
+    model = make_quantised(family, kind).train()  # where 8-bit layers do not round their inputs
+    before, batch = snapshot(model), batch_for(model)
+    params = scramble(lf.init(model, lf.DoRA(r=2, target_modules=r"q_proj|query|down_proj")))
+    state = lf.merge(model, params)
+    assert_same(before, model)
+    target = dequantised(model)
+    assert state.keys() == target.state_dict().keys()
+    assert all(tensor.is_floating_point() for tensor in state.values() if tensor.ndim == 2)
+    target.load_state_dict(state)
+    close(target(**batch).loss, lf.fcall(model, params, batch))
+
+
+def test_tied_weights():
+    family = FAMILIES["gemma3, tied"]
+    model, batch = family.make(), family.batch()
+    head = scramble(lf.init(model, lf.LoRA(r=2, target_modules="lm_head")))
+    with pytest.raises(ValueError, match=r"lm_head\.weight: tied to model\.embed_tokens\.weight"):
+        lf.merge(model, head)
+    state = lf.merge(model, head, tied="untie")
+    assert not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+    close(loaded(model, state)(**batch).loss, lf.fcall(model, head, batch))
+    everywhere = lf.LoRA(r=2, target_modules=(), target_parameters="embed_tokens")
+    for cfg in (everywhere, lf.Full(target_parameters="embed_tokens")):
+        both = scramble(lf.init(model, cfg))
+        state = lf.merge(model, both)
+        assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+        close(loaded(model, state)(**batch).loss, lf.fcall(model, both, batch))
+    # without an adapter on it, one tensor stays one tensor
+    state = lf.merge(model, lf.init(model, lf.LoRA(r=2)))
+    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+
+
+def test_what_is_refused():
+    model = make("qwen3").requires_grad_(False)
+    pairs = [(batch_for(model, seed=5), batch_for(model, seed=6))]
+    steering = lf.init(model, lf.SSteer(mode="add"), data=pairs)
+    with pytest.raises(TypeError, match=r"q_proj: ssteer_add is not linear in x .* adapted"):
+        lf.merge(model, steering)
+    params = lf.init(model, lf.LoRA(r=2))
+    with pytest.raises(lf.UnusedLeafError, match=r"q_proj\.lora\.C"):
+        lf.merge(model, params | {"model.layers.0.self_attn.q_proj.lora.C": torch.ones(1)})
+    with pytest.raises(ValueError, match="tied: got 'maybe'"):
+        lf.merge(model, params, tied="maybe")
