@@ -24,7 +24,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from tasks import TASKS, Batch, Task, in_epochs, parser_of, smoothed
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -160,9 +159,8 @@ def reload_error(model: nn.Module, params: lf.Params, batch: Batch) -> float:
     """Save the dict, load it, and compare every leaf and the logits."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
-        save_file({key: leaf.detach() for key, leaf in params.items()}, path)
-        # copies: where the file is mapped, memory is not aligned, and kernels may round differently
-        loaded = {key: leaf.clone() for key, leaf in load_file(path).items()}
+        lf.save(params, path, model=model)
+        loaded = lf.load(path, model=model)
     if loaded.keys() != params.keys():
         return float("inf")
     leaves = max((loaded[key] - leaf).abs().max().item() for key, leaf in params.items())

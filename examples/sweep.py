@@ -22,7 +22,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from tasks import Task, accuracies, classify, in_epochs, parser_of, smoothed
 from tqdm import tqdm
 
@@ -171,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console(width=max(100, Console().width)).print(table(members, task.title))
     plot(members, options.plot)
     best = max(members, key=lambda m: m.accuracy)
-    save_file({key: leaf.detach() for key, leaf in best.params.items()}, options.save)
+    lf.save(best.params, options.save, model=task.model)
     print(f"the grid: {options.plot.resolve()}; the best adapter: {options.save.resolve()}")
     return 0
 

@@ -11,8 +11,9 @@ from lora_func._config import (
     ParameterConfig,
     RankConfig,
 )
-from lora_func._errors import BusyModelError, FoldError, UnusedLeafError
+from lora_func._errors import AdapterFileError, BusyModelError, FoldError, UnusedLeafError
 from lora_func._init import init
+from lora_func._io import load, save
 from lora_func._keys import partition
 from lora_func._merge import merge
 from lora_func._running import skeleton
@@ -20,6 +21,7 @@ from lora_func._stack import stack, unstack
 from lora_func._summary import summary
 from lora_func._sweep import clip_grad_norm, vcall
 from lora_func._targets import find_targets
+from lora_func._training import TrainingState, load_training_state, save_training_state
 from lora_func._types import Params, Variant
 from lora_func._weight import Affine, Weight, dense, linear
 from lora_func.variants import register
@@ -50,6 +52,7 @@ __all__ = [
     "ROAD",
     "SSVD",
     "AdapterConfig",
+    "AdapterFileError",
     "Affine",
     "AntiPaSTO",
     "BitFit",
@@ -67,6 +70,7 @@ __all__ = [
     "RankConfig",
     "SHiRA",
     "SSteer",
+    "TrainingState",
     "UnusedLeafError",
     "Variant",
     "VeRA",
@@ -78,9 +82,13 @@ __all__ = [
     "find_targets",
     "init",
     "linear",
+    "load",
+    "load_training_state",
     "merge",
     "partition",
     "register",
+    "save",
+    "save_training_state",
     "skeleton",
     "stack",
     "summary",

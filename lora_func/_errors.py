@@ -11,3 +11,7 @@ class UnusedLeafError(RuntimeError):
 
 class FoldError(RuntimeError):
     """Adapters cannot share one call of a model, since its rows would not stay apart."""
+
+
+class AdapterFileError(ValueError):
+    """A file that is no adapter, is damaged, or does not fit the model."""

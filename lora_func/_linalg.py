@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Generator, Tensor
 
+SINGULAR = {"_U": "d_out r", "_S": "r", "_Vh": "r d_in"}
+"""The leaves of a variant that keeps singular triplets of the weight."""
+
 
 def at_least_float32(t: Tensor) -> Tensor:
     """Return a tensor in float32 or better, in which small matrices are solved and normalised."""

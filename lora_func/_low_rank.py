@@ -7,6 +7,9 @@ from torch import Tensor
 from lora_func._linalg import low_rank, low_rank_norm
 from lora_func._weight import Weight, dense, linear
 
+LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": ""}
+"""The leaves."""
+
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute ``linear(x, W) + s x Aᵀ Bᵀ``.

@@ -17,12 +17,12 @@ class Packed4:
     """A weight of 4 bits, as ``bitsandbytes.nn.Linear4bit`` stores it.
 
     Attributes:
-        packed: The codes, two in a byte.
+        codes: Two in a byte.
         state: bitsandbytes' ``QuantState``: shape, scales, kind of code.
         compute_dtype: What the layer computes in; None for the dtype of what it is called with.
     """
 
-    packed: Tensor
+    codes: Tensor
     state: Any
     compute_dtype: torch.dtype | None
     mixes_rows = False
@@ -39,6 +39,12 @@ class Packed4:
         return dtype
 
     @property
+    def kind(self) -> str:
+        """The kind of code."""
+        kind: str = self.state.quant_type
+        return kind
+
+    @property
     def eps(self) -> float:
         """How coarse the numbers are that the layer computes with."""
         return torch.finfo(self.dtype).eps
@@ -46,7 +52,7 @@ class Packed4:
     @property
     def device(self) -> torch.device:
         """Where the weight lies."""
-        return self.packed.device
+        return self.codes.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Dequantise.
@@ -66,7 +72,7 @@ class Packed4:
             offset=found.offset,
             state2=found.state2,
         )
-        dequantised: Tensor = functional.dequantize_4bit(self.packed.view(-1, 1), state)
+        dequantised: Tensor = functional.dequantize_4bit(self.codes.view(-1, 1), state)
         return dequantised
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,7 +82,7 @@ class Packed4:
             Shape (..., d_out).
         """
         bitsandbytes: Any = sys.modules["bitsandbytes"]
-        y: Tensor = bitsandbytes.matmul_4bit(x, self.packed, self.state, bias=bias)
+        y: Tensor = bitsandbytes.matmul_4bit(x, self.codes, self.state, bias=bias)
         return y
 
 
@@ -100,6 +106,7 @@ class Packed8:
     threshold: float
     training: bool
     compute_dtype = None
+    kind = "int8"
     dtype = torch.float32
     eps = 1 / 127
 

@@ -138,7 +138,9 @@ class Variant(NamedTuple):
         observe: Gathers statistics from calibration data, where a config asks for it.
         conclude: Looks at the statistics of all sites before their leaves are made.
         delta_norm: The norm of the change, where it is cheap.
-        rank_axes: Leaf -> its rank axis, counted from the end; empty for a variant without rank.
+        leaves: Leaf -> the names of its axes, such as "d_out r"; a "?" after the leaf's name says
+            that it may be missing. ``r`` is the rank, ``d_out`` and ``d_in`` are the weight's, a
+            digit is a size, any other name stands for one size throughout the site.
         pads: Whether a row of zeros on the rank axes is a rank less exactly, and stays so under
             training. It lets ``stack`` pad.
     """
@@ -154,8 +156,14 @@ class Variant(NamedTuple):
     observe: ObserveFn | None = None
     conclude: ConcludeFn | None = None
     delta_norm: NormFn | None = None
-    rank_axes: Mapping[str, int] = {}
+    leaves: Mapping[str, str] = {}
     pads: bool = True
+
+    @property
+    def rank_axes(self) -> dict[str, int]:
+        """Leaf -> its rank axis, counted from the end; empty for a variant without rank."""
+        axes = {leaf.removesuffix("?"): names.split() for leaf, names in self.leaves.items()}
+        return {leaf: names.index("r") - len(names) for leaf, names in axes.items() if "r" in names}
 
 
 def rank_of(variant: Variant, leaves: Mapping[str, Tensor]) -> int:

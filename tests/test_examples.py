@@ -8,8 +8,8 @@ import pytest
 import qlora
 import sweep
 import variants_race
-from safetensors.torch import load_file
 
+import lora_func as lf
 from tests.test_probe import tiny  # noqa: F401
 
 SMALL = ["--packages", "3", "--most", "16", "--length", "12", "--batch-size", "8", "--epochs", "1"]
@@ -32,7 +32,7 @@ def test_sweep(run, tiny, tmp_path, capsys, halving):  # noqa: F811
     run(sweep, "sweep.png", "--model", str(tiny), *SMALL, *grid, *halving)
     shown = capsys.readouterr().out
     assert shown.count("%") == 8
-    assert any(".lora.A" in key for key in load_file(tmp_path / "best.safetensors"))
+    assert any(".lora.A" in key for key in lf.load(tmp_path / "best.safetensors"))
     steps = {line.split()[4] for line in shown.splitlines() if line.strip().endswith("%")}
     assert (len(steps) > 1) == bool(halving)
 

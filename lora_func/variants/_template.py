@@ -74,5 +74,11 @@ def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
 
 
 VARIANT = Variant(
-    name="template", config=Template, init=init, apply=apply, weight=weight, bias=bias
+    name="template",
+    config=Template,
+    init=init,
+    apply=apply,
+    weight=weight,
+    bias=bias,
+    leaves={"g": "d_out"},
 )

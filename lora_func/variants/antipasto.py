@@ -32,6 +32,7 @@ from torch import Generator, Tensor
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import Calibration, RankConfig
 from lora_func._linalg import (
+    SINGULAR,
     at_least_float32,
     cayley,
     refuse_rank_above,
@@ -165,6 +166,8 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + (params["_U"] @ _steer(params, Vh.mT).mT).to(W.dtype)
 
 
+_ROTATIONS = {"rot_V?": "blocks pairs", "rot_U?": "blocks pairs"}
+
 VARIANT = Variant(
     name="antipasto",
     config=AntiPaSTO,
@@ -172,6 +175,6 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     observe=observe,
-    rank_axes={"delta_s": -1},
+    leaves={**_ROTATIONS, "_max_angle?": "", "delta_s": "r", "_coeff": "", **SINGULAR},
     pads=False,
 )

@@ -93,4 +93,12 @@ def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
     return delta if b is None else (b + delta).to(b.dtype)
 
 
-VARIANT = Variant(name="bitfit", config=BitFit, init=init, apply=apply, weight=weight, bias=bias)
+VARIANT = Variant(
+    name="bitfit",
+    config=BitFit,
+    init=init,
+    apply=apply,
+    weight=weight,
+    bias=bias,
+    leaves={"delta": "d_out"},
+)

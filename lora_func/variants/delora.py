@@ -139,6 +139,13 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     delta_norm=delta_norm,
-    rank_axes={"A": -2, "B": -1, "_A0": -2, "_B0": -1},
+    leaves={
+        "A": "r d_in",
+        "B": "d_out r",
+        "lambda": "",
+        "_w_norm": "d_in",
+        "_A0?": "r d_in",
+        "_B0?": "d_out r",
+    },
     pads=False,
 )

@@ -27,6 +27,7 @@ from torch import Generator, Tensor
 
 from lora_func._config import LowRankConfig
 from lora_func._linalg import at_least_float32, kaiming_uniform, refuse_rank_above, without_autocast
+from lora_func._low_rank import LOW_RANK
 from lora_func._types import Variant
 from lora_func._weight import Weight, bias_of, dense, linear, times
 
@@ -105,5 +106,5 @@ VARIANT = Variant(
     init=init,
     apply=apply,
     weight=weight,
-    rank_axes={"A": -2, "B": -1},
+    leaves={**LOW_RANK, "m": "d_out", "_w_sqnorm": "d_out"},
 )

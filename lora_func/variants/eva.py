@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 from lora_func._checks import check_flag, check_number
 from lora_func._config import Calibration, LowRankConfig
 from lora_func._linalg import refuse_rank_above
-from lora_func._low_rank import apply, delta_norm, weight
+from lora_func._low_rank import LOW_RANK, apply, delta_norm, weight
 from lora_func._moments import Components, Moments, observe, principal_components
 from lora_func._types import Variant
 from lora_func._weight import Weight
@@ -147,5 +147,5 @@ VARIANT = Variant(
     observe=observe,
     conclude=conclude,
     delta_norm=delta_norm,
-    rank_axes={"A": -2, "B": -1},
+    leaves=LOW_RANK,
 )

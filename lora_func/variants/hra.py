@@ -95,5 +95,5 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 
 
 VARIANT = Variant(
-    name="hra", config=HRA, init=init, apply=apply, weight=weight, rank_axes={"U": -2}
+    name="hra", config=HRA, init=init, apply=apply, weight=weight, leaves={"U": "r d_in"}
 )

@@ -76,4 +76,12 @@ def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
     return None if b is None else b + (params["g"] - 1).to(b.dtype) * b
 
 
-VARIANT = Variant(name="ia3", config=IA3, init=init, apply=apply, weight=weight, bias=bias)
+VARIANT = Variant(
+    name="ia3",
+    config=IA3,
+    init=init,
+    apply=apply,
+    weight=weight,
+    bias=bias,
+    leaves={"g": "d_out"},
+)

@@ -65,4 +65,11 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + W * (params["g"] - 1).to(W.dtype)
 
 
-VARIANT = Variant(name="ia3_ff", config=IA3FF, init=init, apply=apply, weight=weight)
+VARIANT = Variant(
+    name="ia3_ff",
+    config=IA3FF,
+    init=init,
+    apply=apply,
+    weight=weight,
+    leaves={"g": "d_in"},
+)

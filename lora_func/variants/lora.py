@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from lora_func._checks import check_flag
 from lora_func._config import LowRankConfig
 from lora_func._linalg import kaiming_uniform, refuse_rank_above
-from lora_func._low_rank import apply, delta_norm, weight
+from lora_func._low_rank import LOW_RANK, apply, delta_norm, weight
 from lora_func._types import Variant
 from lora_func._weight import Weight
 
@@ -80,5 +80,5 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     delta_norm=delta_norm,
-    rank_axes={"A": -2, "B": -1},
+    leaves=LOW_RANK,
 )

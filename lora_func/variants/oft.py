@@ -120,4 +120,11 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + rotate_blocks(W, rotation(params).mT)
 
 
-VARIANT = Variant(name="oft", config=OFT, init=init, apply=apply, weight=weight)
+VARIANT = Variant(
+    name="oft",
+    config=OFT,
+    init=init,
+    apply=apply,
+    weight=weight,
+    leaves={"R": "blocks pairs", "_neumann?": "terms"},
+)

@@ -27,6 +27,7 @@ from torch import Generator, Tensor
 from lora_func._checks import check_count
 from lora_func._config import LowRankConfig
 from lora_func._linalg import difference, low_rank, low_rank_norm, svd
+from lora_func._low_rank import LOW_RANK
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -106,5 +107,5 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     delta_norm=delta_norm,
-    rank_axes={"A": -2, "B": -1, "_A0": -2, "_B0": -1},
+    leaves={**LOW_RANK, "_A0": "r d_in", "_B0": "d_out r"},
 )

@@ -111,7 +111,9 @@ def _variant(kind: int) -> Variant:
     def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
         return None if b is None else _rotate(b, params, kind)
 
-    return Variant(f"road{kind}", ROAD, init, apply, weight, bias)
+    shape = {1: "groups half", 2: "groups g", 4: "groups 2 g"}[kind]
+    leaves = {"theta": shape, "alpha": shape}
+    return Variant(f"road{kind}", ROAD, init, apply, weight, bias, leaves=leaves)
 
 
 VARIANTS = tuple(_variant(kind) for kind in _KINDS)

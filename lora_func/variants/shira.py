@@ -145,4 +145,5 @@ VARIANT = Variant(
     weight=weight,
     observe=observe,
     delta_norm=delta_norm,
+    leaves={"values": "nnz", "_indices": "2 nnz"},
 )

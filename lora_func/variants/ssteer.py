@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import Calibration, LinearConfig
-from lora_func._linalg import at_least_float32, refuse_rank_above, svd
+from lora_func._linalg import SINGULAR, at_least_float32, refuse_rank_above, svd
 from lora_func._types import ApplyFn, BiasFn, Variant, WeightFn
 from lora_func._weight import Weight, dense, linear
 
@@ -197,7 +197,7 @@ def _variant(
         weight=weight,
         bias=bias,
         observe=observe,
-        rank_axes={"delta": -1},
+        leaves={"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR},
         pads=False,
     )
 

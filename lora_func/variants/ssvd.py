@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import LinearConfig
-from lora_func._linalg import at_least_float32, cayley, skew, svd
+from lora_func._linalg import SINGULAR, at_least_float32, cayley, skew, svd
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -137,6 +137,6 @@ VARIANT = Variant(
     init=init,
     apply=apply,
     weight=weight,
-    rank_axes={"delta_s": -1},
+    leaves={"K?": "pairs", "K_strict?": "pairs", "delta_s": "r", **SINGULAR},
     pads=False,
 )

@@ -110,5 +110,10 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     shared=shared,
-    rank_axes={"lambda_d": -1, "_A": -2, "_B": -1},
+    leaves={
+        "lambda_d": "r",
+        "lambda_b": "d_out",
+        "_A": "r widest_in",
+        "_B": "widest_out r",
+    },
 )

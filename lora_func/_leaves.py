@@ -1,0 +1,109 @@
+"""Whether an adapter has the leaves that its variants say, in the shapes that they say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_func._keys import RANK, SHARED, Key, group, parse
+from lora_func._modules import place_of, uncompiled
+from lora_func._plan import plan_of
+from lora_func._types import Variant
+from lora_func._weight import affine, is_linear, matrix
+from lora_func.variants import by_name
+
+
+def refuse_other_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
+    """Refuse an adapter, or a stack, that is not what its variants say.
+
+    Args:
+        params: The adapter or the stack.
+        model: The model it belongs to; with it sizes are compared with those of its weights.
+
+    Raises:
+        KeyError: If a key is malformed, or names no variant or nothing in the model.
+        TypeError: If a leaf is no floating-point tensor, or a variant cannot adapt what a key
+            names.
+        ValueError: If there is no leaf, one is missing or unknown, or a shape does not fit.
+    """
+    if not params:
+        raise ValueError("params: got no leaf")
+    for key, leaf in params.items():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"{key}: got {found}, expected a floating-point tensor")
+    if model is not None:
+        plan_of(uncompiled(model), params)
+    stacks: dict[tuple[int, ...], str] = {}
+    for (site, name), keys in group(params).items():
+        keys.pop(RANK, None)
+        variant, shapes = by_name(name), {leaf: (*params[k].shape,) for leaf, k in keys.items()}
+        where = str(Key(site, name, ""))
+        if variant.parameters is None:
+            shared = {leaf for leaf, key in keys.items() if parse(key).site == SHARED}
+            weight = () if model is None else _shape(uncompiled(model), site)
+            leading = _leading(where, variant, shapes, shared, weight)
+        elif model is not None:
+            module, _ = place_of(uncompiled(model), site)
+            leading = _leading_of_parameters(where, shapes, module._parameters)
+        if model is not None:
+            stacks.setdefault(leading, where)
+    if len(stacks) > 1 or max(map(len, stacks), default=0) > 1:
+        axes = {where: axes for axes, where in stacks.items()}
+        raise ValueError(f"leaves have leading axes {axes}; a stack has one, the same everywhere")
+
+
+def _shape(model: nn.Module, site: str) -> tuple[int, ...]:
+    """(d_out, d_in) of a site's weight, or (n, d_out, d_in) of a stack of them."""
+    module, name = place_of(model, site)
+    if name is None and is_linear(module):
+        return affine(module).shape
+    return tuple(matrix(module, module._parameters, name or "weight").weight.shape)
+
+
+def _leading_of_parameters(
+    where: str, shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any]
+) -> tuple[int, ...]:
+    leading = set()
+    for leaf, shape in shapes.items():
+        expected = tuple(own[leaf].shape)
+        split = len(shape) - len(expected)
+        leading.add(shape[:split])
+        if shape[split:] != expected or len(leading) > 1:
+            raise ValueError(f"{where}{leaf}: got shape {shape}, the parameter has {expected}")
+    return leading.pop()
+
+
+def _leading(
+    where: str,
+    variant: Variant,
+    shapes: Mapping[str, tuple[int, ...]],
+    shared: set[str],
+    weight: tuple[int, ...],
+) -> tuple[int, ...]:
+    """The axes before those that a variant names, but for that of a stack of weights."""
+    known = {leaf.removesuffix("?"): axes.split() for leaf, axes in variant.leaves.items()}
+    needed = {leaf for leaf in variant.leaves if not leaf.endswith("?")}
+    if missing := needed - shapes.keys():
+        raise ValueError(f"{where}{min(missing)}: this leaf is missing")
+    if known and (extra := shapes.keys() - known.keys()):
+        raise ValueError(f"{where}{min(extra)}: {variant.name} has no such leaf, but {[*known]}")
+    sizes = dict(zip(("d_out", "d_in"), weight[-2:], strict=False))
+    leading: set[tuple[int, ...]] = set()
+    for leaf, axes in known.items():
+        if leaf not in shapes:
+            continue
+        split = len(shapes[leaf]) - len(axes)
+        named = zip(axes, shapes[leaf][max(split, 0) :], strict=False)
+        fits = [n == (int(a) if a.isdigit() else sizes.setdefault(a, n)) for a, n in named]
+        if leaf not in shared:
+            leading.add(shapes[leaf][: max(split, 0)])
+        if split < 0 or not all(fits) or len(leading) > 1:
+            expected = ", ".join(
+                f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes
+            )
+            raise ValueError(f"{where}{leaf}: got shape {shapes[leaf]}, expected ({expected})")
+    found = next(iter(leading), ())
+    if found[len(found) - len(weight[:-2]) :] != weight[:-2]:
+        raise ValueError(f"{where}: leaves have leading axes {found}, the weight {weight[:-2]}")
+    return found[: len(found) - len(weight[:-2])]

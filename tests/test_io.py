@@ -1,0 +1,406 @@
+"""Files: the dict comes back bit for bit, or an error says why it cannot."""
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_func as lf
+from lora_func import _files
+from lora_func._files import OURS
+from tests.cases import CASES
+from tests.models import batch_for, make, scramble
+from tests.quantised import KINDS, make_quantised
+from tests.strategies import layers
+from tests.test_call import assert_same, snapshot
+from tests.test_families import EACH_FAMILY
+from tests.test_variants import adapter, each_pair
+
+
+def assert_identical(ours, theirs):
+    assert [*ours] == [*theirs]
+    for key, leaf in theirs.items():
+        assert torch.equal(ours[key], leaf), key
+        assert ours[key].dtype == leaf.dtype
+        assert ours[key].requires_grad == leaf.requires_grad
+        assert ours[key].data_ptr() % 16 == 0
+
+
+@each_pair()
+def test_every_variant_comes_back(case, family, tmp_path):
+    model = make(family).requires_grad_(False)
+    params, path = scramble(adapter(case, model)), tmp_path / "a.safetensors"
+    before = snapshot(model)
+    lf.save(params, path, model=model, cfg=case.config(2), metadata={"note": "ünicode"})
+    assert_identical(lf.load(path, model=model), params)
+    assert_identical(lf.load(str(path)), params)
+    assert_same(before, model)
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()[OURS])["facts"]
+        assert file.metadata()["note"] == "ünicode"
+    assert facts["configs"][0]["config"] == type(case.config(2)).__name__
+    assert [path] == [*tmp_path.iterdir()]
+
+
+@EACH_FAMILY
+def test_every_family_comes_back(family, tmp_path):
+    model, path = family.make(), tmp_path / "a.safetensors"
+    params = family.adapter(model)
+    lf.save(params, path, model=model)
+    assert_identical(lf.load(path, model=model), params)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_quantised_base(kind, tmp_path):
+    model, path = make_quantised("qwen3", kind), tmp_path / "a.safetensors"
+    params = scramble(lf.init(model, lf.DoRA(r=2)))
+    lf.save(params, path, model=model)
+    model(**batch_for(model))  # after which an 8-bit layer keeps its codes elsewhere
+    assert_identical(lf.load(path, model=model), params)
+    with pytest.raises(lf.AdapterFileError, match=r"down_proj\.weight: float32 .*, in the file"):
+        lf.load(path, model=make("qwen3"))
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (1, 3)], ids=str)
+def test_stacks_come_back(ranks, tmp_path):
+    model, path = make("qwen3").requires_grad_(False), tmp_path / "stack.safetensors"
+    head = lf.Full(target_parameters="norm")
+    for config in (lf.LoRA, lf.VeRA):
+        adapters = [scramble(lf.init(model, [config(r=r), head], seed=r)) for r in ranks]
+        stacked = {key: leaf.detach() for key, leaf in lf.stack(adapters).items()}
+        lf.save(stacked, path, model=model)
+        found = lf.load(path, model=model)
+        for one, adapter_ in zip(lf.unstack(found), adapters, strict=True):
+            assert all(torch.equal(one[key], leaf) for key, leaf in adapter_.items())
+
+
+@given(st.data(), st.sampled_from(CASES))
+def test_laws_hold_for_any_shape(tmp_path_factory, data, case):
+    layer = data.draw(layers(case, scrambled=True))
+    path = tmp_path_factory.getbasetemp() / "drawn.safetensors"
+    name = layer.variant.name
+    params = {f".{name}.{leaf}": tensor for leaf, tensor in layer.leaves.items()}
+    lf.save(params, path, model=layer.module)
+    found = lf.load(path, model=layer.module, device="cpu")
+    assert all(torch.equal(found[key], tensor) for key, tensor in params.items())
+
+
+def lora(model=None, **settings):
+    return scramble(lf.init(model or nn.Linear(6, 4), lf.LoRA(r=2, **settings)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda p: {}, ValueError, "params: got no leaf"),
+        (lambda p: p | {".lora.A": p[".lora.A"] * torch.nan}, ValueError, r"\.lora\.A: holds NaN"),
+        (lambda p: p | {".lora.A": p[".lora.A"].to("meta")}, ValueError, "lora.A: has no data"),
+        (lambda p: p | {".lora.A": p[".lora.A"][:, :0]}, ValueError, r"lora.A: got shape \(2, 0\)"),
+        (lambda p: p | {".lora.A": p[".lora.A"].int()}, TypeError, "lora.A: got torch.int32"),
+        (lambda p: p | {".lora.A": [1.0]}, TypeError, "lora.A: got list"),
+        (lambda p: p | {".lora.C": p[".lora.A"]}, ValueError, "lora.C: lora has no such leaf"),
+        (lambda p: p | {"x": p[".lora.A"]}, KeyError, "no adapter key"),
+        (lambda p: p | {".nothing.A": p[".lora.A"]}, KeyError, "nothing"),
+        (lambda p: p | {"a.lora.A": p[".lora.A"]}, KeyError, "no module and no parameter 'a'"),
+        (lambda p: {k: p[k] for k in [*p][:2]}, ValueError, r"lora\._scale: this leaf is missing"),
+        (
+            lambda p: p | {".lora.B": p[".lora.B"][:, :1]},
+            ValueError,
+            r"lora\.B: got shape \(4, 1\), expected \(d_out=4, r=2\)",
+        ),
+        (
+            lambda p: p | {".lora.B": p[".lora.B"][:1]},
+            ValueError,
+            r"lora\.B: got shape \(1, 2\), expected \(d_out=4, r=2\)",
+        ),
+        (lambda p: p | {".lora.A": p[".lora.A"][None]}, ValueError, "lora.B: got shape"),
+        (lambda p: {k: leaf[None, None] for k, leaf in p.items()}, ValueError, "leading axes"),
+        (lambda p: p | {".full.bias": torch.ones(3)}, ValueError, "adapted twice"),
+    ],
+)
+def test_what_is_not_saved(tmp_path, change, error, message):
+    path, model = tmp_path / "a.safetensors", nn.Linear(6, 4)
+    lf.save(lora(model), path, model=model)
+    before = path.read_bytes()
+    with pytest.raises(error, match=message):
+        lf.save(change(lora(model)), path, model=model)
+    assert path.read_bytes() == before
+    assert [path] == [*tmp_path.iterdir()]
+
+
+def test_more_that_is_not_saved(tmp_path):
+    model = nn.Linear(6, 4)
+    params = lora(model)
+    with pytest.raises(TypeError, match="metadata: got 'a': 1, expected text"):
+        lf.save(params, tmp_path / "a", metadata={"a": 1})
+    with pytest.raises(ValueError, match="metadata: the name 'lora_func' is taken"):
+        lf.save(params, tmp_path / "a", metadata={"lora_func": ""})
+    with pytest.raises(OSError, match="nowhere"):
+        lf.save(params, tmp_path / "nowhere" / "a")
+    with pytest.raises(OSError):  # noqa: PT011 - the system's own
+        lf.save(params, tmp_path)
+    wrong = lf.init(model, lf.Full(target_parameters="bias")) | {".full.bias": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"full\.bias: got shape \(3,\), the parameter has \(4,\)"):
+        lf.save(wrong, tmp_path / "a", model=model)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_non_finite_leaves_if_asked(tmp_path):
+    params = {key: leaf * torch.nan for key, leaf in lora().items()}
+    lf.save(params, tmp_path / "a", allow_nonfinite=True)
+    assert all(leaf.isnan().all() for leaf in lf.load(tmp_path / "a").values())
+
+
+def test_another_base(tmp_path):
+    model, path = make("qwen3").requires_grad_(False), tmp_path / "a.safetensors"
+    params = lora(model, target_modules="q_proj")
+    lf.save(params, path, model=model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    message = (
+        r"1 of its weights differ:\n  model\.layers\.0\.self_attn\.q_proj\.weight: other values"
+    )
+    with pytest.raises(lf.AdapterFileError, match=message):
+        lf.load(path, model=model)
+    narrow = make("qwen3")
+    narrow.model.layers[0].self_attn.q_proj = nn.Linear(32, 16, bias=False)
+    with pytest.raises(lf.AdapterFileError, match=r"bfloat16 \(32, 32\), in the file float32"):
+        lf.load(path, model=model.bfloat16())
+    with pytest.raises(lf.AdapterFileError, match=r"B: got shape \(32, 2\), expected \(d_out=16"):
+        lf.load(path, model=narrow)
+    with pytest.raises(lf.AdapterFileError, match="no module and no parameter"):
+        lf.load(path, model=make("gpt2"))
+    assert_identical(lf.load(path), params)
+
+
+def test_dying_leaves_the_old_file_or_the_new(tmp_path):
+    """The process is killed after each call that the system sees, in turn."""
+    program = """
+import os, sys, torch, lora_func as lf
+path, when = sys.argv[1], int(sys.argv[2])
+model = torch.nn.Linear(6, 4)
+lf.save(lf.init(model, lf.LoRA(r=2), seed=0), path)
+calls = 0
+def dying(function):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == when:
+            os._exit(9)
+        done = function(*args, **kwargs)
+        calls += 1
+        if calls == when:
+            os._exit(9)
+        return done
+    return call
+os.fsync, os.replace = map(dying, (os.fsync, os.replace))
+lf.save(lf.init(model, lf.LoRA(r=2), seed=1), path)
+"""
+    model = nn.Linear(6, 4)
+    starts = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in (0, 1)]
+    seen = set()
+    for when in range(1, 10):
+        path = tmp_path / f"{when}.safetensors"
+        command = [sys.executable, "-c", program, str(path), str(when)]
+        status = subprocess.run(command, check=False).returncode
+        found = lf.load(path)
+        whose = [k for k, one in enumerate(starts) if torch.equal(found[".lora.A"], one[".lora.A"])]
+        assert len(whose) == 1
+        seen.add((status, *whose))
+    assert seen == {(9, 0), (9, 1), (0, 1)}
+
+
+def test_what_is_written_is_read_again(tmp_path, monkeypatch):
+    lf.save(lora(), tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    read = _files.read
+
+    def misread(path, kind):
+        content = read(path, kind)
+        return content._replace(tensors={k: t + 1 for k, t in content.tensors.items()})
+
+    monkeypatch.setattr(_files, "read", misread)
+    with pytest.raises(OSError, match="is not what is read"):
+        lf.save(lora(alpha=7), tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == before
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "a.safetensors"
+    lf.save(lora(), path, metadata={"note": "a note"})
+    return path.read_bytes()
+
+
+def test_every_truncation_is_refused(good, tmp_path):
+    """At every byte of the header, and at many of the tensors."""
+    header = 8 + struct.unpack("<Q", good[:8])[0]
+    path = tmp_path / "a.safetensors"
+    for end in [*range(header + 1), *range(header, len(good), 7)]:
+        path.write_bytes(good[:end])
+        with pytest.raises(lf.AdapterFileError, match=r"a\.safetensors: "):
+            lf.load(path)
+    path.write_bytes(good + b"more")
+    with pytest.raises(lf.AdapterFileError, match=r"a\.safetensors: "):
+        lf.load(path)
+
+
+def test_every_flipped_bit_is_noticed(good, tmp_path):
+    """But where JSON means the same: white space, or the case of an escape."""
+    path, rng = tmp_path / "a.safetensors", random.Random(0)
+    expected = load(good, path)
+    for place in rng.sample(range(8 * len(good)), 600):
+        broken = bytearray(good)
+        broken[place // 8] ^= 1 << place % 8
+        path.write_bytes(broken)
+        try:
+            found = lf.load(path)
+        except lf.AdapterFileError:
+            continue
+        assert_identical(found, expected)
+
+
+def load(content, path):
+    path.write_bytes(content)
+    return lf.load(path)
+
+
+def test_files_of_another_kind(good, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        lf.load(path)
+    with pytest.raises(lf.AdapterFileError, match="is no file"):
+        lf.load(tmp_path)
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(lf.AdapterFileError, match="a pickle or a zip, which is never loaded"):
+        lf.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(lf.AdapterFileError, match="a pickle or a zip"):
+        lf.load(path)
+    for content in (b"", b"\0" * 100, b"\xff" * 100, struct.pack("<Q", 2**62) + b"{}"):
+        with pytest.raises(lf.AdapterFileError, match="no safetensors file, or a broken one"):
+            load(content, path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(lf.AdapterFileError, match="that lora_func has not written"):
+        lf.load(path)
+
+
+def test_other_facts(tmp_path):
+    path = tmp_path / "a.safetensors"
+    lf.save(lora(), path)
+    with safe_open(path, "pt") as file:
+        ours = json.loads(file.metadata()[OURS])
+    tensors = load_file(path)
+    for changed, message in [
+        (ours | {"format": 2}, "has format version 2, this release reads 1"),
+        (ours | {"kind": "training state"}, "is a file of 'training state', expected 'adapter'"),
+        (ours | {"crc32": 0}, "its checksum is wrong"),
+        ({}, "its metadata are broken"),
+        ([], "its metadata are broken"),
+    ]:
+        save_file(tensors, path, {OURS: json.dumps(changed)})
+        with pytest.raises(lf.AdapterFileError, match=message):
+            lf.load(path)
+    save_file(tensors, path, {OURS: "{"})
+    with pytest.raises(lf.AdapterFileError, match="its metadata are broken"):
+        lf.load(path)
+
+
+def training(model, params, optimizer, scheduler, steps):
+    """With randomness of every kind that is kept."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        batch = batch_for(model, seed=random.randrange(100))
+        loss = lf.vcall(model, lf.stack(params), batch)
+        (loss * torch.rand(len(params))).sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def optimizer_of(params, kind):
+    leaves = [[*lf.partition(one)[0].values()] for one in params]
+    groups = [{"params": own, "lr": 1e-2 / (k + 1)} for k, own in enumerate(leaves)]
+    optimizer = kind(groups)
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda groups: torch.optim.AdamW(groups, amsgrad=True),
+        lambda groups: torch.optim.SGD(groups, momentum=0.9),
+        lambda groups: torch.optim.AdamW(
+            [group | {"lr": torch.tensor(group["lr"])} for group in groups], capturable=False
+        ),
+    ],
+    ids=["AdamW", "SGD", "a tensor for lr"],
+)
+def test_training_goes_on_bit_for_bit(tmp_path, kind):
+    """Ten steps are five, a file, and five; of one adapter and of a sweep."""
+    model = make("qwen3", attention_dropout=0.1).requires_grad_(False).train()
+
+    def begun():
+        torch.manual_seed(3)
+        random.seed(3)
+        params = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(2)]
+        return params, *optimizer_of(params, kind)
+
+    params, optimizer, scheduler = begun()
+    lf.vcall(model, lf.stack(params), batch_for(model))
+    torch.manual_seed(3)
+    training(model, params, optimizer, scheduler, 10)
+    again, optimizer, scheduler = begun()
+    training(model, again, optimizer, scheduler, 5)
+    path, extra = tmp_path / "state", {"last_epoch": scheduler.last_epoch}
+    lf.save_training_state(again, optimizer, path, step=5, model=model, extra=extra)
+    torch.rand(7)
+    random.random()
+    state = lf.load_training_state(path, model=model)
+    optimizer, scheduler = optimizer_of(state.params, kind)
+    optimizer.load_state_dict(state.optimizer)
+    scheduler.load_state_dict(state.extra)
+    state.restore_rng()
+    assert state.step == 5
+    training(model, state.params, optimizer, scheduler, 5)
+    for ours, theirs in zip(state.params, params, strict=True):
+        assert all(torch.equal(ours[key], leaf) for key, leaf in theirs.items())
+
+
+def test_a_training_state_is_strict_too(tmp_path):
+    model, path = nn.Linear(6, 4), tmp_path / "state"
+    params = lora(model)
+    optimizer = torch.optim.AdamW(lf.partition(params)[0].values())
+    lf.save_training_state(params, optimizer, path, step=0, model=model)
+    assert isinstance(lf.load_training_state(path, model=model).params, dict)
+    with pytest.raises(lf.AdapterFileError, match="other values"):
+        lf.load_training_state(path, model=nn.Linear(6, 4))
+    with pytest.raises(lf.AdapterFileError, match="is a file of 'training state'"):
+        lf.load(path)
+    lf.save(params, path)
+    with pytest.raises(lf.AdapterFileError, match="is a file of 'adapter'"):
+        lf.load_training_state(path)
+    with pytest.raises(ValueError, match="params: got no adapter"):
+        lf.save_training_state([], optimizer, path, step=0)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        lf.save_training_state(params, optimizer, path, step=0, extra={"a": object()})
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of this kind")
+def test_a_file_has_the_permissions_of_others(tmp_path):
+    lf.save(lora(), tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
