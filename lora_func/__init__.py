@@ -3,6 +3,7 @@
 ``params = init(model, cfg); loss = fcall(model, params, batch)``
 """
 
+from lora_func._attach import Attached, attach
 from lora_func._call import adapted, fcall
 from lora_func._config import (
     AdapterConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "AdapterFileError",
     "Affine",
     "AntiPaSTO",
+    "Attached",
     "BitFit",
     "BusyModelError",
     "DeLoRA",
@@ -76,6 +78,7 @@ __all__ = [
     "VeRA",
     "Weight",
     "adapted",
+    "attach",
     "clip_grad_norm",
     "dense",
     "fcall",

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_func._batch import LossFn, arguments, result
+from lora_func._bitsandbytes import is_quantised
 from lora_func._config import AdapterConfig
 from lora_func._frozen import Forward, other_forward
-from lora_func._packed import is_quantised
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import quiet_slots
 from lora_func._slots import Put, Slot

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_func._bitsandbytes import is_quantised, packed
 from lora_func._frozen import frozen_parameters
 from lora_func._modules import uncompiled
-from lora_func._packed import is_quantised, packed
 from lora_func._plan import Site, plan_of
 
 _SAMPLES = 64
@@ -68,7 +68,7 @@ def _weights(site: Site) -> Iterator[tuple[str, torch.Size, str, Tensor]]:
     assert module is not None
     trained = site.variant.parameters is not None
     if is_quantised(module) and not trained:
-        W = packed(module)
+        W = packed(module, site.path)
         yield "weight", W.shape, W.kind, W.codes
         return
     own = frozen_parameters(module)

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lora_func._bitsandbytes import is_quantised
 from lora_func._errors import UnusedLeafError
 from lora_func._modules import forward_slot
-from lora_func._packed import is_quantised
 from lora_func._slots import Slot
 from lora_func._weight import affine, linear
 
@@ -100,11 +100,7 @@ def other_forward(
 
 
 def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:
-    try:
-        W = affine(module)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
-    return linear(x, W)
+    return linear(x, affine(module, path))
 
 
 def _frozen_forward(module: nn.Module, slot: str, path: str) -> Forward:
@@ -112,8 +108,8 @@ def _frozen_forward(module: nn.Module, slot: str, path: str) -> Forward:
     frozen: Forward | None = getattr(found, FROZEN, None)
     if frozen is None and slot == "forward" and slot in vars(module):
         raise TypeError(
-            f"{path}: its forward was replaced on the instance, by {found!r}, which the adapter "
-            "would bypass; remove that, or leave the site out of the adapter"
+            f"{path}: its forward was replaced on the instance, by {found!r}, which would be "
+            "bypassed; remove that, or leave an adapted site out of the adapter"
         )
     return found if frozen is None else frozen
 

@@ -195,10 +195,7 @@ def _frozen(model: nn.Module, target: Target) -> Any:
             _refuse_without_data(target.site, tensor)
         return own
     if parameter is None and is_linear(module):
-        try:
-            W = affine(module)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{target.site}: {error}") from None
+        W = affine(module, target.site)
         if isinstance(W.weight, Tensor):
             _refuse_without_data(target.site, W.weight)
         return W

@@ -13,12 +13,17 @@ from lora_func._weight import affine, is_linear, matrix
 from lora_func.variants import by_name
 
 
-def refuse_other_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
+def refuse_other_leaves(
+    params: Mapping[str, Tensor], model: nn.Module | None = None
+) -> tuple[int, ...]:
     """Refuse an adapter, or a stack, that is not what its variants say.
 
     Args:
         params: The adapter or the stack.
         model: The model it belongs to; with it sizes are compared with those of its weights.
+
+    Returns:
+        With a model the axes that a stack has before those of an adapter: (K,), or () for one.
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
@@ -51,13 +56,14 @@ def refuse_other_leaves(params: Mapping[str, Tensor], model: nn.Module | None = 
     if len(stacks) > 1 or max(map(len, stacks), default=0) > 1:
         axes = {where: axes for axes, where in stacks.items()}
         raise ValueError(f"leaves have leading axes {axes}; a stack has one, the same everywhere")
+    return next(iter(stacks), ())
 
 
 def _shape(model: nn.Module, site: str) -> tuple[int, ...]:
     """(d_out, d_in) of a site's weight, or (n, d_out, d_in) of a stack of them."""
     module, name = place_of(model, site)
     if name is None and is_linear(module):
-        return affine(module).shape
+        return affine(module, site).shape
     return tuple(matrix(module, module._parameters, name or "weight").weight.shape)
 
 

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lora_func._bitsandbytes import is_quantised
 from lora_func._frozen import frozen_parameters, refuse_unused, shared_parameters
 from lora_func._modules import uncompiled
-from lora_func._packed import is_quantised
 from lora_func._plan import plan_of
 from lora_func._sites import Replacement, replacements
 from lora_func._weight import affine, dense
@@ -78,7 +78,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict, dequantised, in which what was one tensor is one tensor."""
     modules = model.named_modules(remove_duplicate=False)
     quantised = {f"{path}." if path else "": m for path, m in modules if is_quantised(m)}
-    weights = {id(module): dense(affine(module)) for module in quantised.values()}
+    weights = {id(m): dense(affine(m, prefix)) for prefix, m in quantised.items()}
     copies: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lora_func._bitsandbytes import is_packed
 from lora_func._modules import named_parameters
-from lora_func._packed import is_packed
 from lora_func._patterns import first_match, require_matches, some
 
 

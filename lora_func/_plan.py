@@ -7,9 +7,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from lora_func._bitsandbytes import is_opaque, is_quantised
 from lora_func._keys import RANK, group
 from lora_func._modules import Structure, place_of, structure
-from lora_func._packed import is_quantised
 from lora_func._transforms import has_fast_path, transformed
 from lora_func._types import Variant
 from lora_func._weight import bias_name, has_matrix, is_linear, refuse_computed
@@ -53,9 +53,12 @@ class Plan(NamedTuple):
             weakly.
         norms: The modules that can take statistics over the batch, weakly.
         quantised: Path and module, weakly, of each layer that bitsandbytes has quantised.
+        opaque: The same of each layer that derives from those and has a forward of its own.
         fast_path: Whether the model has layers with a fused inference kernel.
         folds: What the first fold of this layout with others showed: why they cannot share a call,
             or None.
+        alive: References that forget the model's plans when one of its modules is gone: another may
+            come to stand at the same place in memory.
     """
 
     structure: Structure
@@ -63,8 +66,10 @@ class Plan(NamedTuple):
     checkpoints: tuple[Callable[[], nn.Module | None], ...]
     norms: tuple[Callable[[], nn.Module | None], ...]
     quantised: tuple[tuple[str, Callable[[], nn.Module | None]], ...]
+    opaque: tuple[tuple[str, Callable[[], nn.Module | None]], ...]
     fast_path: bool
     folds: dict[Any, str | None]
+    alive: tuple[Callable[[], nn.Module | None], ...]
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Plan]] = WeakKeyDictionary()
@@ -86,16 +91,12 @@ def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
         ValueError: If two variants name one module.
     """
     if torch.compiler.is_compiling():
-        return _make_plan(model, params)
+        return _make_plan(model, params, {})
     plans = _plans.setdefault(model, {})
     keys = tuple(params)
     plan = plans.get(keys)
-    if (
-        plan is None
-        or plan.structure != structure(model)
-        or any(s.module() is None for s in plan.sites)
-    ):
-        plan = plans[keys] = _make_plan(model, params)
+    if plan is None or plan.structure != structure(model):
+        plan = plans[keys] = _make_plan(model, params, plans)
     return plan
 
 
@@ -103,11 +104,16 @@ def refuse_untransformable(plan: Plan) -> None:
     """Refuse a model that cannot run under the transforms that are active.
 
     Raises:
-        RuntimeError: If a BatchNorm is in training mode, or activations are checkpointed while
-            compiling.
+        RuntimeError: If a BatchNorm is in training mode, a quantised layer has a forward of its
+            own, or activations are checkpointed while compiling.
     """
     if not transformed():
         return
+    if plan.opaque:
+        raise RuntimeError(
+            f"{plan.opaque[0][0]}: derives from a quantised layer of bitsandbytes and has a "
+            "forward of its own, which loses derivatives under transforms; use autograd"
+        )
     for norm in filter(None, (reference() for reference in plan.norms)):
         if norm.training and norm.track_running_stats:
             raise RuntimeError(
@@ -124,7 +130,9 @@ def refuse_untransformable(plan: Plan) -> None:
             )
 
 
-def _make_plan(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
+def _make_plan(
+    model: nn.Module, params: Mapping[str, Tensor], plans: dict[tuple[str, ...], Plan]
+) -> Plan:
     sites: dict[int, list[Site]] = {}
     for (path, variant_name), keys in group(params).items():
         keys.pop(RANK, None)
@@ -139,8 +147,10 @@ def _make_plan(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
         tuple(ref(m) for m in modules if hasattr(m, "gradient_checkpointing")),
         tuple(ref(m) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)),
         tuple((path, ref(m)) for path, m in model.named_modules() if is_quantised(m)),
+        tuple((path, ref(m)) for path, m in model.named_modules() if is_opaque(m)),
         has_fast_path(model),
         {},
+        tuple(ref(m, lambda _: plans.clear()) for m in modules),
     )
 
 

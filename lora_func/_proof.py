@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from lora_func._batch import LossFn, arguments
+from lora_func._bitsandbytes import packed, unrounded
 from lora_func._call import call
 from lora_func._compare import difference
 from lora_func._errors import FoldError
@@ -19,7 +20,6 @@ from lora_func._inject import Injection, injection
 from lora_func._keys import parse
 from lora_func._losses import CompiledLossesApart
 from lora_func._modules import uncompiled
-from lora_func._packed import is_quantised, packed
 from lora_func._plan import Plan, plan_of
 from lora_func._rows import Rows
 from lora_func._running import quiet_slots
@@ -133,7 +133,8 @@ def _difference(sweep: Sweep) -> str | None:
     firsts = [end - size for end, size in zip(ends, sweep.sizes, strict=True)]
     precision = _precision(sweep)
     quiet = Put(quiet_slots(uncompiled(sweep.model), sweep.origin))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet:
+    # a rounding to 8 bits that falls the other way would hide, or feign, a difference
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), unrounded(), quiet:
         with Selections():  # type: ignore[no-untyped-call]
             together = sweep._replace(batch=copied(sweep.batch)).together()
         for k in sorted({*firsts, *(end - 1 for end in ends)}):
@@ -167,9 +168,10 @@ def _precision(sweep: Sweep) -> float:
     for kind in {parameter.device.type for parameter in sweep.model.parameters()}:
         if torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
-    floats = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
-    quantised = [packed(module).eps for module in sweep.model.modules() if is_quantised(module)]
-    return max([*floats, *quantised], default=0.0)
+    quantised = plan_of(uncompiled(sweep.model), sweep.stacks[0]).quantised
+    dtypes |= {packed(m, path).dtype for path, module in quantised if (m := module()) is not None}
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
 
 
 def _refuse_unfoldable(model: nn.Module, plans: Sequence[Plan]) -> None:

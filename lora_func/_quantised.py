@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_func._packed import Packed
+from lora_func._packed import Packed, Packed4
 from lora_func._transforms import needs_math
 
 
@@ -25,14 +25,19 @@ def quantised_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         bias: The bias, shape (d_out,), or None.
 
     Returns:
-        Shape (..., d_out), in the dtype of x.
+        Shape (..., d_out), in the dtype that bitsandbytes gives.
     """
     dtype = weight.compute_dtype or x.dtype
     bias = None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():
-        return _compiled(x.to(dtype), weight, bias).to(x.dtype)
-    y: Tensor = _Linear.apply(x.to(dtype), bias, weight)  # type: ignore[no-untyped-call]
-    return y.to(x.dtype)
+    y: Tensor
+    if not torch.compiler.is_compiling():
+        y = _Linear.apply(x.to(dtype), bias, weight, False)  # type: ignore[no-untyped-call]
+    # the compiler goes through no Function with forward mode, and has none of its own without
+    elif needs_math():
+        y = F.linear(x.to(dtype), weight.dense(dtype), bias)
+    else:
+        y = _CompiledLinear.apply(x.to(dtype), bias, weight)  # type: ignore[no-untyped-call]
+    return y.to(x.dtype) if isinstance(weight, Packed4) else y
 
 
 def quantised_times(x: Tensor, weight: Packed) -> Tensor:
@@ -55,70 +60,73 @@ def _times(x: Tensor, weight: Packed, transposed: bool) -> Tensor:
     return y
 
 
-def _compiled(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    # the compiler goes through no Function with forward mode, and has none of its own without
-    if needs_math():
-        return F.linear(x, weight.dense(x.dtype), bias)
-    y: Tensor = _CompiledLinear.apply(x, bias, weight)  # type: ignore[no-untyped-call]
-    return y
-
-
 class _CompiledLinear(torch.autograd.Function):
-    """``x Wᵀ + b``, of which the dense W is not kept for the backward pass."""
+    """``x Wᵀ + b`` by bitsandbytes' kernels.
+
+    They are opaque to the compiler: of a dequantised weight, which it would find twice, it would
+    keep one for the backward pass.
+    """
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
-        return F.linear(x, weight.dense(x.dtype), bias)
+        with torch.no_grad():
+            return weight.product(x, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.weight = inputs[2]
+        ctx.weight, ctx.dtype = inputs[2], inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        dense = ctx.weight.dense(gradient.dtype)
-        return gradient @ dense, _over_rows(gradient), None
+        gradient = gradient.to(ctx.dtype)
+        return gradient @ ctx.weight.dense(ctx.dtype), _over_rows(gradient), None
 
 
 class _Linear(torch.autograd.Function):
-    """``x Wᵀ + b`` by bitsandbytes' kernels."""
+    """``x Wᵀ + b`` by bitsandbytes' kernels; if apart for each of x's first axis by itself."""
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
+    def forward(x: Tensor, bias: Tensor | None, weight: Packed, apart: bool) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], weight.shape[0])
+        if apart:
+            return torch.stack([weight.product(one, bias) for one in x])
         return weight.product(x, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.weight = inputs[2]
+        ctx.weight, ctx.dtypes = inputs[2], (inputs[0].dtype, output.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        of_x, of_bias, _ = ctx.needs_input_grad
-        return (
-            _times(gradient, ctx.weight, False) if of_x else None,
-            _over_rows(gradient) if of_bias else None,
-            None,
-        )
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        of_x, of_bias, *_ = ctx.needs_input_grad
+        gradient = gradient.to(ctx.dtypes[0])
+        pulled = _times(gradient, ctx.weight, False) if of_x else None
+        return pulled, _over_rows(gradient) if of_bias else None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, _: None) -> Tensor | None:
-        y = None if x is None else _times(x, ctx.weight, True)
-        return y if bias is None else bias if y is None else y + bias
+    def jvp(ctx: Any, x: Tensor, bias: Tensor | None, *_: None) -> Tensor:
+        pushed = _times(x, ctx.weight, True)
+        return (pushed if bias is None else pushed + bias).to(ctx.dtypes[1])
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, bias: Tensor | None, weight: Packed
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Packed,
+        apart: bool,
     ) -> tuple[Tensor, int]:
-        of_x, of_bias, _ = in_dims
+        of_x, of_bias, *_ = in_dims
         fused = bias if of_bias is None else None
-        if of_x is None:
-            y = quantised_linear(x, weight, None)[None]
-        elif weight.mixes_rows:
-            y = torch.stack([quantised_linear(one, weight, fused) for one in x.unbind(of_x)])
+        x = x[None] if of_x is None else x.movedim(of_x, 0)
+        groups = x.shape[: 1 + apart]
+        if weight.mixes_rows:
+            y = _Linear.apply(x.flatten(0, len(groups) - 1), fused, weight, True)  # type: ignore[no-untyped-call]
+            y = y.unflatten(0, groups)
         else:
-            y = quantised_linear(x.movedim(of_x, 0), weight, fused)
+            y = _Linear.apply(x, fused, weight, False)  # type: ignore[no-untyped-call]
         if bias is None or of_bias is None:
             return y, 0
         own = bias.movedim(of_bias, 0)

@@ -25,13 +25,13 @@ def role_of(model: nn.Module, path: str) -> Role:
     block, part = _block_and_part(path)
     width = _stream_width(model, path, block)
     members = dict(model.get_submodule(part).named_modules(prefix=part))
-    shapes = {name: _role_by_shape(m, width) for name, m in members.items() if is_linear(m)}
+    shapes = {name: _role_by_shape(name, m, width) for name, m in members.items() if is_linear(m)}
     roles = _roles_by_place([*shapes.values()], in_block=block is not None)
     return roles[[*shapes].index(path)]
 
 
-def _role_by_shape(module: nn.Module, width: int) -> Role | None:
-    d_out, d_in = affine(module).shape
+def _role_by_shape(path: str, module: nn.Module, width: int) -> Role | None:
+    d_out, d_in = affine(module, path).shape
     if d_in == d_out == width:
         return None
     return "reader" if d_in == width else "writer" if d_out == width else "inner"
@@ -84,10 +84,10 @@ def _stated_width(model: nn.Module, path: str) -> int | None:
 def _widths(module: nn.Module) -> Counter[int]:
     """How often each width occurs on either side of linear layers, in embeddings and in norms."""
     widths: Counter[int] = Counter()
-    for child in module.modules():
+    for path, child in module.named_modules():
         weight = getattr(child, "weight", None)
         if is_linear(child):
-            widths.update(affine(child).shape)
+            widths.update(affine(child, path).shape)
         elif isinstance(child, nn.Embedding):
             widths[child.embedding_dim] += 1
         elif isinstance(weight, Tensor) and weight.ndim == 1:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lora_func._bitsandbytes import mixes_rows
 from lora_func._errors import FoldError
 from lora_func._frozen import Forward
-from lora_func._packed import mixes_rows
 from lora_func._plan import Site
 from lora_func._selection import refuse_selected
 from lora_func._sites import leaves_of, run_sites, runs_apply
@@ -75,7 +75,7 @@ def folded_forward(
         outputs = []
         for j, part in enumerate(parts):
             mine = [pieces[i][j] if i in pieces else value for i, value in enumerate(values)]
-            outputs.append(_run_part(part, module, frozen, share, mine, layout))
+            outputs.append(_run_part(path, part, module, frozen, share, mine, layout))
         return _joined(outputs)
 
     return forward
@@ -93,10 +93,13 @@ def untouched_forward(path: str, module: nn.Module, frozen: Forward, rows: Rows)
     Returns:
         A function of what the module is called with.
     """
-    apart = folded_forward(path, module, frozen, rows, [Part(rows.adapters, (), {}, None)])
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (apart if mixes_rows(module) else frozen)(*args, **kwargs)
+        (x,) = (*args, *kwargs.values())
+        shared = not x.ndim or x.shape[0] % max(rows.adapters * rows.batch, 1)
+        if shared or not mixes_rows(module, path):
+            return frozen(x)
+        return torch.vmap(frozen)(x.unflatten(0, (rows.adapters, -1))).flatten(0, 1)
 
     return forward
 
@@ -115,9 +118,15 @@ def _rows_of_one(path: str, tensors: Sequence[Tensor], rows: Rows) -> int:
 
 
 def _run_part(
-    part: Part, module: nn.Module, frozen: Forward, share: int, values: list[Any], layout: Any
+    path: str,
+    part: Part,
+    module: nn.Module,
+    frozen: Forward,
+    share: int,
+    values: list[Any],
+    layout: Any,
 ) -> Any:
-    if not part.sites and not mixes_rows(module):
+    if not part.sites and not mixes_rows(module, path):
         args, kwargs = tree_unflatten(values, layout)
         return frozen(*args, **kwargs)
 

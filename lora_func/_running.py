@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from lora_func._bitsandbytes import is_state
 from lora_func._errors import BusyModelError
 from lora_func._modules import identities, structure
-from lora_func._packed import is_state
 from lora_func._slots import Slot
 
 
@@ -112,6 +112,21 @@ def quiet_slots(model: nn.Module, origin: object) -> Iterator[Slot]:
     yield from ((vars(module), "training", False) for module in model.modules())
 
 
+def refuse_running(model: nn.Module, reason: str) -> None:
+    """Refuse a model that is running with an adapter.
+
+    Args:
+        model: The model.
+        reason: Why, and what to do.
+
+    Raises:
+        BusyModelError: If it is.
+    """
+    itself = Run(frozenset(), identities(structure(model)), None)
+    if any(run.disturbs(itself) for run in [*running.values()]):
+        raise BusyModelError(f"{type(model).__name__}: is running with an adapter; {reason}")
+
+
 def skeleton(model: nn.Module) -> nn.Module:
     """Copy a model's modules over the same tensors, so that each copy can hold an adapter.
 
@@ -131,12 +146,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         >>> lf.skeleton(model)[0].weight is model[0].weight
         True
     """
-    itself = Run(frozenset(), identities(structure(model)), None)
-    if any(run.disturbs(itself) for run in [*running.values()]):
-        raise BusyModelError(
-            f"skeleton({type(model).__name__}): the model is running with an adapter, which the "
-            "copy would keep; make the skeletons first"
-        )
+    refuse_running(model, "a copy would keep it; make the skeletons first")
     attributes = [value for module in model.modules() for value in vars(module).values()]
     held = [value for value in attributes if isinstance(value, Tensor) or is_state(value)]
     shared: dict[int, Any] = {

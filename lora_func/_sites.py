@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_func._bitsandbytes import is_quantised
 from lora_func._frozen import Forward, Watched, frozen_parameters, shared_parameters
-from lora_func._keys import SHARED, parse
-from lora_func._packed import is_quantised
 from lora_func._plan import Site
 from lora_func._slots import Put, Slot
-from lora_func._weight import Affine, affine, bias_name, dense, is_stack, matrix, stored
+from lora_func._views import new_bias, new_weight
+from lora_func._weight import affine, bias_name, dense, is_stack, matrix, stored
 
 
 def leaves_of(
@@ -56,7 +56,7 @@ def run_sites(
     """
     if runs_apply(sites, module):
         (x,), (site,) = (*args, *kwargs.values()), sites
-        return site.variant.apply(affine(module), leaves[0], x)
+        return site.variant.apply(affine(module, site.path), leaves[0], x)
     own: Any = module._parameters
     replaced: dict[str, Tensor] = {}
     for site, of_it in zip(sites, leaves, strict=True):
@@ -68,7 +68,8 @@ def run_sites(
 def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
     """Tell whether a variant's ``apply`` does what the adapted module does."""
     (site, *more) = sites
-    own = site.variant.parameters is None or type(module) is nn.Linear
+    plain = type(module) is nn.Linear or is_quantised(module)
+    own = site.variant.parameters is None or plain
     return site.parameter is None and own and not more
 
 
@@ -112,7 +113,7 @@ def replacements(
         own, unread = frozen_parameters(module), {*site.keys.values()}
         base = {name: None if p is None else p.detach() for name, p in own.items()}
         if is_quantised(module):
-            base["weight"] = dense(affine(module))
+            base["weight"] = dense(affine(module, site.path))
         leaves = leaves_of(site, params, None if torch.compiler.is_compiling() else unread)
         for name, tensor in effective(site, module, base, leaves).items():
             own_leaf = site.variant.parameters is not None
@@ -164,15 +165,11 @@ def effective(
     if site.variant.parameters is not None:
         replaced = site.variant.parameters(own, leaves)
     else:
-        if site.variant.weight is None:
-            raise TypeError(
-                f"{site.path}: {site.variant.name} is not linear in x and has no weight; run the "
-                "model in a block of `with adapted(model, params)`"
-            )
-        weight, bias = _views(site, matrix(module, own, name), leaves)
-        replaced = {name: stored(module, own, name, weight)}
+        W = matrix(module, own, name)
+        replaced = {name: stored(module, own, name, new_weight(site, W, leaves))}
+        bias = new_bias(site, W.bias, leaves, is_stack(W))
         if bias is not None:
-            replaced[_place_for_bias(site, own, name)] = bias
+            replaced[place_for_bias(site, own, name)] = bias.to(W.dtype)
     for name, tensor in replaced.items():
         if own[name] is not None and tensor.shape != own[name].shape:
             raise ValueError(
@@ -182,26 +179,20 @@ def effective(
     return replaced
 
 
-def _views(site: Site, W: Affine, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The adapted weight, or stack of them, and the bias where the variant changes it."""
-    variant = site.variant
+def place_for_bias(site: Site, own: Mapping[str, Any], name: str) -> str:
+    """Name the parameter, possibly None, into which a variant puts its bias.
 
-    def views(weight: Tensor, bias: Tensor | None, own: Mapping[str, Tensor]) -> Any:
-        assert variant.weight is not None
-        own = leaves.over(own) if isinstance(leaves, Watched) else own
-        new = None if variant.bias is None else variant.bias(bias, own)
-        changed = variant.weight(Affine(weight, bias), own)
-        return (changed,) if new is None else (changed, new.to(changed.dtype))
+    Args:
+        site: The site.
+        own: The parameters of its module.
+        name: The parameter that is its weight.
 
-    if is_stack(W):
-        shared = {leaf for leaf, key in site.keys.items() if parse(key).site == SHARED}
-        dims = {leaf: None if leaf in shared else 0 for leaf in leaves}
-        views = torch.vmap(views, in_dims=(0, None if W.bias is None else 0, dims))
-    new_weight, *new_bias = views(dense(W), W.bias, dict(leaves))
-    return new_weight, new_bias[0] if new_bias else None
+    Returns:
+        The name.
 
-
-def _place_for_bias(site: Site, own: Mapping[str, Tensor], name: str) -> str:
+    Raises:
+        TypeError: If the module has none.
+    """
     beside = bias_name(own, name)
     if beside is None:
         raise TypeError(

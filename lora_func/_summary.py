@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lora_func._bitsandbytes import size_of
 from lora_func._keys import group, partition
-from lora_func._packed import size_of
 from lora_func._types import rank_of
 from lora_func.variants import by_name
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, device, dtype, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lora_func._packed import Packed, is_packed, is_quantised, packed
+from lora_func._bitsandbytes import is_packed, is_quantised, packed
+from lora_func._packed import Packed
 from lora_func._quantised import quantised_linear, quantised_times
 
 
@@ -112,11 +113,12 @@ def is_linear(module: nn.Module) -> bool:
     return plain or _is_conv1d(module) or is_quantised(module)
 
 
-def affine(module: nn.Module) -> Affine:
+def affine(module: nn.Module, path: str = "") -> Affine:
     """Read the weight and bias of a linear-like module as they are now; no copy is made.
 
     Args:
         module: A module that ``is_linear`` accepts.
+        path: Its path, for messages.
 
     Returns:
         Both.
@@ -128,7 +130,7 @@ def affine(module: nn.Module) -> Affine:
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
     if type(module) is not nn.Linear and is_quantised(module):
-        return Affine(packed(module), bias)
+        return Affine(packed(module, path), bias)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return Affine(weight if isinstance(module, nn.Linear) else weight.T, bias)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # a module may import from the rows above its own
 LAYERS = [
     {"_errors", "_checks", "_modules", "_slots", "_batch", "_compare", "_packed"},
-    {"_transforms"},
+    {"_transforms", "_bitsandbytes"},
     {"_quantised"},
     {"_weight"},
     {"_frozen", "_trees", "_files"},
@@ -40,8 +40,9 @@ LAYERS = [
     {"_init", "_stack", "_summary", "_leaves", "_fingerprint"},
     {"_io"},
     {"_training"},
+    {"_views"},
     {"_sites"},
-    {"_rows", "_merge"},
+    {"_rows", "_merge", "_attach"},
     {"_inject"},
     {"_call", "_fold"},
     {"_proof"},

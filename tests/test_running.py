@@ -59,7 +59,7 @@ def test_a_part_of_the_model_is_the_model(busy):
 
 def test_no_skeleton_of_a_running_model(busy):
     model, _, _ = busy
-    with pytest.raises(lf.BusyModelError, match=r"skeleton\(Sequential\): the model is running"):
+    with pytest.raises(lf.BusyModelError, match="Sequential: is running with an adapter; a copy"):
         lf.skeleton(model)
 
 
