@@ -3,6 +3,7 @@
 ``params = init(model, cfg); loss = fcall(model, params, batch)``
 """
 
+from lora_func._algebra import AsLoRA, combine, to_lora
 from lora_func._attach import Attached, attach
 from lora_func._call import adapted, fcall
 from lora_func._config import (
@@ -56,6 +57,7 @@ __all__ = [
     "AdapterFileError",
     "Affine",
     "AntiPaSTO",
+    "AsLoRA",
     "Attached",
     "BitFit",
     "BusyModelError",
@@ -80,6 +82,7 @@ __all__ = [
     "adapted",
     "attach",
     "clip_grad_norm",
+    "combine",
     "dense",
     "fcall",
     "find_targets",
@@ -95,6 +98,7 @@ __all__ = [
     "skeleton",
     "stack",
     "summary",
+    "to_lora",
     "unstack",
     "vcall",
 ]

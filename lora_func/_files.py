@@ -4,7 +4,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,15 +70,35 @@ def write(path: Path, content: Content) -> None:
         "facts": facts,
     }
     written = save(tensors, {**content.metadata, OURS: json.dumps(ours)})
+
+    def verify(beside: Path) -> None:
+        again = read(beside, content.kind).tensors
+        if any(not torch.equal(_bits(again[name]), _bits(tensors[name])) for name in tensors):
+            raise OSError(f"{path}: what was written is not what is read; nothing was replaced")
+
+    replace_file(path, written, verify)
+
+
+def replace_file(
+    path: Path, written: bytes, verify: Callable[[Path], None] = lambda beside: None
+) -> None:
+    """Write a file beside another, and put it in its place.
+
+    Args:
+        path: The file.
+        written: What it is to hold.
+        verify: Called with the new file before it takes its place; raises if it may not.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with beside.open("wb") as file:
             file.write(written)
             file.flush()
             os.fsync(file.fileno())
-        again = read(beside, content.kind).tensors
-        if any(not torch.equal(_bits(again[name]), _bits(tensors[name])) for name in tensors):
-            raise OSError(f"{path}: what was written is not what is read; nothing was replaced")
+        verify(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

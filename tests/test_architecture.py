@@ -38,16 +38,18 @@ LAYERS = [
     {"variants"},
     {"_targets", "_plan"},
     {"_init", "_stack", "_summary", "_leaves", "_fingerprint"},
-    {"_io"},
-    {"_training"},
+    {"_io", "_peft_formats"},
+    {"_training", "_peft_read", "_peft_write"},
+    {"peft"},
     {"_views"},
     {"_sites"},
-    {"_rows", "_merge", "_attach"},
+    {"_rows", "_merge", "_attach", "_algebra"},
     {"_inject"},
     {"_call", "_fold"},
     {"_proof"},
     {"_sweep"},
     {""},
+    {"__main__"},
 ]
 
 

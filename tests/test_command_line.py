@@ -1,0 +1,118 @@
+"""python -m lora_func: what it prints, and that its errors are one line and the status 2."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_func as lf
+from lora_func.peft import from_peft
+from tests.models import batch_for, make, scramble
+
+WHERE = ("--out", "{out}", "--model", "{model}")
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "lora_func", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model in a folder, and three adapters of it."""
+    folder = tmp_path_factory.mktemp("files")
+    model = make("qwen3").requires_grad_(False)
+    model.save_pretrained(folder / "model")
+    for name, cfg in {"lora": lf.LoRA(r=2), "hra": lf.HRA(r=2)}.items():
+        params = scramble(lf.init(model, cfg))
+        lf.save(params, folder / name, model=model, cfg=cfg, metadata={"note": "mine"})
+    lf.save(lf.init(model, lf.LoRA(r=2)), folder / "start")
+    broken = {key: leaf * torch.nan for key, leaf in lf.init(model, lf.LoRA(r=2)).items()}
+    lf.save(broken, folder / "broken", allow_nonfinite=True)
+    return folder
+
+
+def test_show(files):
+    done = run("show", files / "lora")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "q_proj",
+        "14 sites",
+        "note: mine",
+        "'r': 2",
+        "14 weights known",
+        "all zero: none",
+    ):
+        assert part in done.stdout, part
+    assert "all zero: 14 of 42 leaves, such as" in run("show", files / "start").stdout
+    assert "not finite: 42 of 42" in run("show", files / "broken").stdout
+
+
+def test_convert_to_peft(files, tmp_path):
+    done = run(
+        "convert", files / "lora", "--to", "peft", "--out", tmp_path, "--model", files / "model"
+    )
+    assert done.returncode == 0, done.stderr
+    found = from_peft(tmp_path, make("qwen3"))
+    assert all(torch.equal(found[k], leaf) for k, leaf in lf.load(files / "lora").items())
+
+
+def test_convert_to_a_lora(files, tmp_path):
+    done = run(
+        "convert", files / "hra", "--to", "lora", "--out", tmp_path, "--model", files / "model"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "largest relative error" in done.stdout
+    model = make("qwen3").requires_grad_(False)
+    batch, found = batch_for(model), lf.load(tmp_path / "adapter.safetensors", model=model)
+    expected = lf.fcall(model, lf.load(files / "hra", model=model), batch)
+    torch.testing.assert_close(lf.fcall(model, found, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_diff(files):
+    same = run("diff", files / "lora", files / "lora")
+    assert (same.returncode, same.stdout) == (0, "42 leaves are the same\n")
+    done = run("diff", files / "lora", files / "start")
+    assert done.returncode == 1
+    assert done.stdout.count("lora.") == 28
+    assert "only in" in run("diff", files / "lora", files / "hra").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nothing"], "nothing: there is no such file"),
+        (["show", "."], "is no file"),
+        (["diff", "{lora}", "nothing"], "there is no such file"),
+        (
+            [
+                "convert",
+                "{hra}",
+                "--to",
+                "lora",
+                "--rank",
+                "1",
+                "--out",
+                "{out}",
+                "--model",
+                "{model}",
+            ],
+            "a LoRA of rank 1 misses",
+        ),
+        (["convert", "{lora}", "--to", "peft", "--out", "{out}", "--model", "{out}/none"], "none"),
+    ],
+)
+def test_errors_are_one_line(files, tmp_path, arguments, message):
+    places = {"out": tmp_path, **{name: files / name for name in ("lora", "hra", "model")}}
+    done = run(*(argument.format(**places) for argument in arguments))
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("lora_func: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+def test_usage():
+    assert run().returncode == 2
+    assert "show" in run("--help").stdout

@@ -1,0 +1,263 @@
+"""PEFT's checkpoints: what PEFT loads from ours is what we compute, and the other way round."""
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+import lora_func as lf
+from lora_func.peft import from_peft, to_peft
+from tests.cases import CASES
+from tests.models import batch_for, make, scramble
+from tests.test_call import assert_same, snapshot
+from tests.test_variants import adapter
+
+BY_NAME = {case.name: case for case in CASES}
+BOTH = ["lora", "lora-alpha", "rslora", "dora", "ia3", "ia3_ff", "vera"]
+LINEAR = ["delora", "hra", "oft", "oft-neumann", "road1", "road2", "road4", "shira", "eva", "pissa"]
+PAIRS = [(name, family) for name in BOTH for family in ("qwen3", "gpt2", "bert")] + [
+    (name, family) for name in LINEAR for family in ("qwen3", "bert")
+]
+EACH_PAIR = pytest.mark.parametrize(("name", "family"), PAIRS)
+
+
+def loaded(folder, family, **settings):
+    """What PEFT makes of a folder, on a fresh base."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(make(family, **settings), folder).eval()
+
+
+def logits(model, batch):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model(**batch).logits
+
+
+def ours(model, params, batch):
+    with torch.no_grad(), lf.adapted(model, params):
+        return model(**batch).logits
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def small(params):
+    """Leaves near their start, where no variant overflows."""
+    trained, constants = lf.partition(params)
+    generator = torch.Generator().manual_seed(0)
+    moved = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in trained.items()}
+    return {key: (moved | constants)[key].detach() for key in params}
+
+
+@EACH_PAIR
+def test_peft_loads_ours(name, family, tmp_path):
+    model = make(family).requires_grad_(False)
+    params, batch = small(adapter(BY_NAME[name], model)), batch_for(model)
+    before = snapshot(model)
+    to_peft(params, tmp_path, model=model, base_model_name="a base")
+    assert_same(before, model)
+    found = logits(loaded(tmp_path, family), batch)
+    close(found, ours(model, params, batch))
+    assert (found - logits(model, batch)).abs().max() > 1e-4
+    again = from_peft(tmp_path, model)
+    if name in ("pissa", "eva"):
+        close(ours(model, again, batch), found)
+        return
+    assert {*again} == {*params}
+    for key, leaf in params.items():
+        assert torch.equal(again[key], leaf), key
+        assert again[key].dtype == leaf.dtype, key
+
+
+PEFT = {
+    "lora": peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.1),
+    "rslora": peft.LoraConfig(r=3, use_rslora=True, target_modules=["q_proj", "v_proj"]),
+    "patterns": peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "k_proj", "v_proj", "down_proj"],
+        rank_pattern={"q_proj": 4, r"layers\.1\.self_attn\.v_proj": 1},
+        alpha_pattern={"k_proj": 3, "q_proj": 16},
+        layers_to_transform=[1],
+        layers_pattern="layers",
+    ),
+    "dora": peft.LoraConfig(r=2, use_dora=True, target_modules=r".*\.(q|up)_proj"),
+    "modules to save": peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["input_layernorm", "lm_head"]
+    ),
+    "embedding": peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
+    "delora": peft.DeloraConfig(r=2, target_modules="all-linear", rank_pattern={"q_proj": 3}),
+    "ia3": peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "hra": peft.HRAConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    "vera": peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj"]),
+    "oft": peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=["q_proj"]),
+    "oft, terms": peft.OFTConfig(
+        oft_block_size=8, num_cayley_neumann_terms=3, target_modules=["q_proj"]
+    ),
+    "road": peft.RoadConfig(variant="road_4", group_size=8, target_modules=["q_proj", "up_proj"]),
+    "shira": peft.ShiraConfig(r=1, target_modules=["q_proj", "up_proj"], random_seed=0),
+}
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_we_load_pefts(name, tmp_path):
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(make("qwen3"), PEFT[name]).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn_like(parameter)
+        theirs.save_pretrained(tmp_path)
+    model, batch = make("qwen3").requires_grad_(False), batch_for(theirs)
+    expected = logits(theirs, batch)
+    params = from_peft(tmp_path, model)
+    close(ours(model, params, batch), expected)
+    assert (expected - logits(model, batch)).abs().max() > 1e-4
+    assert all(leaf.requires_grad for leaf in lf.partition(params)[0].values())
+    to_peft(params, tmp_path / "again", model=model)
+    found = from_peft(tmp_path / "again", model)
+    assert {*found} == {*params}
+    assert all(torch.equal(found[key], leaf) for key, leaf in params.items())
+
+
+def test_patterns_of_ours(tmp_path):
+    """Each site has a rank and a scale of its own."""
+    model = make("qwen3").requires_grad_(False)
+    cfg = lf.LoRA(r=3, alpha=7, rank_pattern={"q_proj": 1, "up": 5}, alpha_pattern={"v_proj": 2})
+    params, batch = scramble(lf.init(model, cfg)), batch_for(model)
+    to_peft(params, tmp_path, model=model)
+    close(logits(loaded(tmp_path, "qwen3"), batch), ours(model, params, batch))
+    assert all(torch.equal(from_peft(tmp_path, model)[k], leaf) for k, leaf in params.items())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_trained_modules_beside(family, tmp_path):
+    model = make(family).requires_grad_(False)
+    cfg = [lf.LoRA(r=2), lf.Full(target_parameters=r"LayerNorm|classifier|norm\.weight")]
+    params, batch = scramble(lf.init(model, cfg)), batch_for(model)
+    to_peft(params, tmp_path, model=model)
+    close(logits(loaded(tmp_path, family), batch), ours(model, params, batch))
+    again = from_peft(tmp_path, model)
+    assert all(torch.equal(again[key], leaf) for key, leaf in params.items())
+
+
+def test_an_embedding_of_another_base(tmp_path):
+    """PEFT writes the weight of an adapted embedding beside the adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(make("qwen3"), PEFT["embedding"])
+        theirs.save_pretrained(tmp_path)
+    model = make("qwen3").requires_grad_(False)
+    model.model.embed_tokens.weight[3, 3] += 1
+    with pytest.raises(lf.AdapterFileError, match=r"embed_tokens\.weight: the checkpoint brings"):
+        from_peft(tmp_path, model)
+
+
+def test_names_with_and_without_the_base(tmp_path):
+    """An adapter of a model with a head, read for its base, and the other way round."""
+    model = make("qwen3").requires_grad_(False)
+    params = scramble(lf.init(model, lf.LoRA(r=2)))
+    to_peft(params, tmp_path / "whole", model=model)
+    inner = from_peft(tmp_path / "whole", model.model)
+    assert {f"model.{key}" for key in inner} == {*params}
+    to_peft(inner, tmp_path / "base", model=model.model)
+    assert {*from_peft(tmp_path / "base", model)} == {*params}
+
+
+class Ambiguous(nn.Module):
+    """One layer's path is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.block = nn.ModuleDict({"up": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.block["up"](self.up(x))
+
+
+def test_paths_that_end_alike(tmp_path):
+    model, x = Ambiguous().requires_grad_(False), torch.randn(2, 4)
+    params = scramble(lf.init(model, lf.LoRA(r=2, target_modules="^up$")))
+    to_peft(params, tmp_path, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    close(theirs(x), lf.fcall(model, params, x))
+
+
+def test_what_is_not_written(tmp_path):
+    model = make("qwen3").requires_grad_(False)
+
+    def refused(params, error, message, **settings):
+        with pytest.raises(error, match=message):
+            to_peft(params, tmp_path / "none", model=model, **settings)
+        assert not (tmp_path / "none").exists()
+
+    lora = lf.init(model, lf.LoRA(r=2, target_modules="q_proj"))
+    refused(lf.stack([lora, lora]), ValueError, "is a stack")
+    mixed = lora | lf.init(model, lf.IA3(target_modules="v_proj"))
+    refused(mixed, ValueError, r"\['lora', 'ia3'\]; a checkpoint of PEFT is of one kind")
+    refused(lf.init(model, lf.SSVD(r=2)), TypeError, r"q_proj: PEFT has no ssvd.*to_lora")
+    copied = lf.init(model, lf.DeLoRA(r=2, init="frozen_copy"))
+    refused(copied, TypeError, "PEFT has no delora of this kind")
+    hra = lf.init(model, lf.HRA(r=2, rank_pattern={"q_proj": 4}))
+    refused(hra, ValueError, r"q_proj: r is 4, elsewhere 2; PEFT has one")
+    refused(lf.init(model, lf.Full(target_parameters="norm")), ValueError, "holds \\[\\]")
+    refused(lora | {"x": torch.ones(1)}, KeyError, "no adapter key")
+    for cfg, what in [
+        (lf.DoRA(r=2), "DoRA"),
+        ([lf.LoRA(r=2), lf.Full(target_parameters="norm")], "modules_to_save"),
+        (lf.IA3(), "adapters of kind IA3"),
+        (lf.LoRA(r=2, rank_pattern={"q_proj": 4}), "scales that differ"),
+    ]:
+        refused(lf.init(model, cfg), ValueError, f"vLLM does not serve.*{what}", target="vllm")
+    to_peft(lora, tmp_path / "served", model=model, target="vllm")
+    model = make("gpt2").requires_grad_(False)
+    refused(lf.init(model, lf.HRA(r=2)), TypeError, "PEFT has no hra for a Conv1D")
+
+
+def test_what_is_not_read(tmp_path):
+    model = make("qwen3").requires_grad_(False)
+    params = lf.init(model, lf.LoRA(r=2))
+    to_peft(params, tmp_path, model=model)
+    path, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config = json.loads(path.read_text())
+
+    def refused(message, **settings):
+        path.write_text(json.dumps(config | settings))
+        with pytest.raises(lf.AdapterFileError, match=message):
+            from_peft(tmp_path, model)
+        path.write_text(json.dumps(config))
+
+    refused("is of kind 'LOHA'; read are", peft_type="LOHA")
+    refused("init_lora_weights is 'pissa', which changes the base", init_lora_weights="pissa")
+    refused("bias is 'all'", bias="all")
+    refused("are not what the config says", use_dora=True)
+    refused("no module and no parameter .*lora_A", peft_type="HRA")
+    with pytest.raises(lf.AdapterFileError, match="no module and no parameter"):
+        from_peft(tmp_path, make("gpt2"))
+    path.write_text("{")
+    with pytest.raises(lf.AdapterFileError, match="is no config of PEFT"):
+        from_peft(tmp_path, model)
+    path.write_text(json.dumps(config))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(lf.AdapterFileError, match="is no safetensors file, or broken"):
+        from_peft(tmp_path, model)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="pickled weights are never loaded"):
+        from_peft(tmp_path, model)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        from_peft(tmp_path, model)
