@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from lora_func._keys import Key, group
 from lora_func._leaves import refuse_other_leaves
 from lora_func._linalg import at_least_float32
-from lora_func._modules import place_of, uncompiled
+from lora_func._modules import uncompiled
 from lora_func._plan import Site, plan_of
-from lora_func._sites import leaves_of
+from lora_func._sites import dense_parameters, effective, leaves_of
 from lora_func._types import Params
-from lora_func._views import new_bias, new_weight
-from lora_func._weight import Affine, affine, dense, is_linear, is_stack, matrix
+from lora_func._weight import dense, is_linear, matrix
 from lora_func.variants import by_name
 
 
@@ -31,17 +30,23 @@ class AsLoRA(NamedTuple):
 
 
 def to_lora(
-    params: Mapping[str, Tensor], model: nn.Module, rank: int, *, tol: float = 1e-3
+    params: Mapping[str, Tensor],
+    model: nn.Module,
+    rank: int,
+    *,
+    tol: float = 1e-3,
+    trained: bool = False,
 ) -> AsLoRA:
     """Find the LoRA of a rank that comes nearest to an adapter, by singular values.
 
-    Trained norms, biases and other parameters that are no matrices stay as they are.
+    What ``Full`` trains stays as it is, but for weights of linear layers if that is asked for.
 
     Args:
         params: The adapter.
         model: The model it belongs to.
         rank: The rank; of a site whose matrix is smaller, the smaller side.
         tol: The largest relative error that is accepted at a site, in the Frobenius norm.
+        trained: Whether weights of linear layers that ``Full`` trains become LoRAs too.
 
     Returns:
         The LoRA, with a scale of 1, and the error at each site.
@@ -65,11 +70,12 @@ def to_lora(
         raise ValueError("params: is a stack; take its adapters one by one, from unstack")
     found, errors = Params(), dict[str, float]()
     for site in plan_of(model, params).sites:
-        if site.variant.parameters is not None:
+        linear = "weight" in site.keys and is_linear(model.get_submodule(site.path))
+        if site.variant.parameters is not None and not (trained and linear):
             found |= {key: params[key].detach().clone() for key in site.keys.values()}
             continue
         with torch.no_grad():
-            leaves, errors[site.path] = _nearest(site, model, params, rank)
+            leaves, errors[site.path] = _nearest(site, params, rank)
         found |= {str(Key(site.path, "lora", name)): leaf for name, leaf in leaves.items()}
     worst = max(errors, key=errors.__getitem__, default="")
     if errors and not errors[worst] <= tol:
@@ -83,29 +89,31 @@ def to_lora(
 
 
 def _nearest(
-    site: Site, model: nn.Module, params: Mapping[str, Tensor], rank: int
+    site: Site, params: Mapping[str, Tensor], rank: int
 ) -> tuple[dict[str, Tensor], float]:
-    W, leaves = _weight(model, site), leaves_of(site, params)
-    bias = new_bias(site, W.bias, leaves, is_stack(W))
-    if bias is not None and (W.bias is None or not torch.equal(bias.to(W.bias.dtype), W.bias)):
+    module, name = site.module(), site.parameter or "weight"
+    assert module is not None
+    own = dense_parameters(site.path, module)
+    own[name] = at_least_float32(own[name])
+    before = matrix(module, own, name)
+    changed = effective(site, module, own, leaves_of(site, params))
+    after = matrix(module, {**own, **changed}, name)
+    if not _same(after.bias, before.bias):
         raise TypeError(
             f"{site.path}: {site.variant.name} changes the bias, for which a LoRA has no place"
         )
-    weight = at_least_float32(dense(W))
-    change = new_weight(site, Affine(weight, W.bias), leaves) - weight
-    U, S, Vh = torch.linalg.svd(change.double(), full_matrices=False)
+    U, S, Vh = torch.linalg.svd((dense(after) - dense(before)).double(), full_matrices=False)
     missed = S[..., rank:].norm() / S.norm().clamp_min(torch.finfo(S.dtype).tiny)
     root = S[..., :rank].sqrt()
-    A = (root[..., None] * Vh[..., :rank, :]).to(weight.dtype)
-    B = (U[..., :rank] * root[..., None, :]).to(weight.dtype)
+    A = (root[..., None] * Vh[..., :rank, :]).to(own[name].dtype)
+    B = (U[..., :rank] * root[..., None, :]).to(own[name].dtype)
     return {"A": A, "B": B, "_scale": A.new_ones(A.shape[:-2])}, missed.item()
 
 
-def _weight(model: nn.Module, site: Site) -> Affine:
-    module, _ = place_of(model, site.path)
-    if site.parameter is None and is_linear(module):
-        return affine(module, site.path)
-    return matrix(module, module._parameters, site.parameter or "weight")
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.to(other.dtype), other)
 
 
 _LOW_RANK = ("lora", "eva", "pissa")

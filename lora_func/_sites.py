@@ -111,9 +111,7 @@ def replacements(
         module = site.module()
         assert module is not None
         own, unread = frozen_parameters(module), {*site.keys.values()}
-        base = {name: None if p is None else p.detach() for name, p in own.items()}
-        if is_quantised(module):
-            base["weight"] = dense(affine(module, site.path))
+        base = dense_parameters(site.path, module)
         leaves = leaves_of(site, params, None if torch.compiler.is_compiling() else unread)
         for name, tensor in effective(site, module, base, leaves).items():
             own_leaf = site.variant.parameters is not None
@@ -123,6 +121,23 @@ def replacements(
                 found = changed.setdefault(id(holder), Replacement(holder, {}, {}))
                 found.new[alias], found.reads[alias] = tensor, read
     return tuple(changed.values())
+
+
+def dense_parameters(path: str, module: nn.Module) -> dict[str, Any]:
+    """Return a module's own parameters, detached, and dequantised if they are quantised.
+
+    Args:
+        path: Its path, for messages.
+        module: The module.
+
+    Returns:
+        The parameters by name; None for what it has not.
+    """
+    own = frozen_parameters(module)
+    base = {name: None if p is None else p.detach() for name, p in own.items()}
+    if is_quantised(module):
+        base["weight"] = dense(affine(module, path))
+    return base
 
 
 def parameter_slots(replaced: Iterable[Replacement], unused: set[str] | None) -> Iterator[Slot]:

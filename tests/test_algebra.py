@@ -76,6 +76,25 @@ def test_of_experts_convolutions_and_embeddings(name):
     )
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_of_trained_weights(family):
+    """A difference that has been trained becomes a LoRA if that is asked for."""
+    model = make(family).requires_grad_(False)
+    attention = "q_proj" if family == "qwen3" else r"c_attn\.weight"
+    cfg = lf.Full(target_parameters=f"{attention}|norm|ln_")
+    params, batch = scramble(lf.init(model, cfg)), batch_for(model)
+    kept = lf.to_lora(params, model, 32)
+    assert {*kept.params} == {*params}
+    assert not kept.errors
+    found = lf.to_lora(params, model, 32, trained=True)
+    assert len(found.errors) == 2
+    close(lf.fcall(model, found.params, batch), lf.fcall(model, params, batch), 1e-4)
+    if family == "gpt2":
+        with_bias = scramble(lf.init(model, lf.Full(target_parameters="c_attn")))
+        with pytest.raises(TypeError, match="c_attn: full changes the bias"):
+            lf.to_lora(with_bias, model, 32, trained=True)
+
+
 def test_on_a_quantised_base():
     model = make_quantised("qwen3", "nf4")
     params, batch = scramble(lf.init(model, lf.DoRA(r=2))), batch_for(model)

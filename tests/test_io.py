@@ -210,7 +210,7 @@ lf.save(lf.init(model, lf.LoRA(r=2), seed=1), path)
     model = nn.Linear(6, 4)
     starts = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in (0, 1)]
     seen = set()
-    for when in range(1, 10):
+    for when in range(1, 8):
         path = tmp_path / f"{when}.safetensors"
         command = [sys.executable, "-c", program, str(path), str(when)]
         status = subprocess.run(command, check=False).returncode
@@ -317,6 +317,21 @@ def test_other_facts(tmp_path):
     save_file(tensors, path, {OURS: "{"})
     with pytest.raises(lf.AdapterFileError, match="its metadata are broken"):
         lf.load(path)
+
+
+def test_contents_that_are_no_adapter(tmp_path):
+    """Whole files, whose leaves are not what their variants say."""
+    path, params = tmp_path / "a", {k: leaf.detach() for k, leaf in lora().items()}
+    for changed, message in [
+        ({}, "params: got no leaf"),
+        ({".nothing.A": torch.ones(1)}, "nothing"),
+        (params | {".lora.A": params[".lora.A"].long()}, r"lora\.A: got torch.int64, expected"),
+        ({k: params[k] for k in [*params][1:]}, r"lora\.A: this leaf is missing"),
+        (params | {".lora.B": params[".lora.B"][:, :1]}, r"lora\.B: got shape \(4, 1\)"),
+    ]:
+        _files.write(path, _files.Content("adapter", changed, {"base": None}, {}))
+        with pytest.raises(lf.AdapterFileError, match=message):
+            lf.load(path)
 
 
 def training(model, params, optimizer, scheduler, steps):
