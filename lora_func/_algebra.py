@@ -22,7 +22,8 @@ class AsLoRA(NamedTuple):
 
     Attributes:
         params: The adapter.
-        errors: Site -> what it misses of the change of the weight, relative to its norm.
+        errors: Site -> what it misses of the change of the weight, relative to its norm; zero for a
+            change that is but rounding.
     """
 
     params: Params
@@ -103,7 +104,8 @@ def _nearest(
             f"{site.path}: {site.variant.name} changes the bias, for which a LoRA has no place"
         )
     U, S, Vh = torch.linalg.svd((dense(after) - dense(before)).double(), full_matrices=False)
-    missed = S[..., rank:].norm() / S.norm().clamp_min(torch.finfo(S.dtype).tiny)
+    rounding = 16 * torch.finfo(own[name].dtype).eps * own[name].norm()
+    missed = S[..., rank:].norm() / S.norm() if S.norm() > rounding else S.new_zeros(())
     root = S[..., :rank].sqrt()
     A = (root[..., None] * Vh[..., :rank, :]).to(own[name].dtype)
     B = (U[..., :rank] * root[..., None, :]).to(own[name].dtype)

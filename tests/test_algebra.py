@@ -56,6 +56,13 @@ def test_it_is_the_best_of_its_rank():
     assert not found.params[".lora._scale"].requires_grad
 
 
+def test_rounding_is_no_change():
+    """HRA starts as the base but for rounding."""
+    model = make("qwen3").requires_grad_(False)
+    found = lf.to_lora(lf.init(model, lf.HRA(r=8)), model, 1)
+    assert set(found.errors.values()) == {0.0}
+
+
 def test_a_lora_comes_back():
     model = make("gpt2", torch.float64).requires_grad_(False)
     params = scramble(lf.init(model, lf.LoRA(r=3), dtype=torch.float64))
