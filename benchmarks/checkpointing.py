@@ -11,10 +11,9 @@ it needed after a forward pass without gradients.
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
-from measuring import Figures, in_processes, measured, qwen3, show, tokens
+from measuring import Figures, in_processes, measured, parser_of, qwen3, show, tokens
 
 import lora_func as lf
 
@@ -41,16 +40,7 @@ def measure(options) -> Figures:
 
 def main() -> None:
     """Measure every way, or in a child process one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, WAYS, width=256, layers=12, rows=2, tokens=256)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:

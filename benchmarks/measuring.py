@@ -1,5 +1,6 @@
 """What the benchmarks share: a model, peak memory, and a process for each measurement."""
 
+import argparse
 import json
 import resource
 import subprocess
@@ -18,6 +19,18 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 VOCABULARY = 1000
 Figures = dict[str, float]
+
+
+def parser_of(description: str, ways: Sequence[str], **defaults: int) -> argparse.ArgumentParser:
+    """Make the command line that the benchmarks share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {**defaults, "repeats": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--way", choices=ways, help=argparse.SUPPRESS)
+    return parser
 
 
 def qwen3(width: int, layers: int) -> Qwen3ForCausalLM:

@@ -11,11 +11,10 @@ import argparse
 import json
 import sys
 import tempfile
-from pathlib import Path
 
 import peft
 import torch
-from measuring import Figures, in_processes, measured, qwen3, show, tokens
+from measuring import Figures, in_processes, measured, parser_of, qwen3, show, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_func as lf
@@ -64,16 +63,7 @@ def measure(options) -> Figures:
 
 def main() -> None:
     """Measure both, or in a child process one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, WAYS, width=1024, layers=8, rows=2, tokens=512)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:

@@ -27,14 +27,10 @@ from transformers import (
 )
 
 import lora_func as lf
-from tests.models import VOCABULARY, bert, gpt2, qwen3, scramble
+from tests.models import SIZES, VOCABULARY, WIDTHS, bert, gpt2, qwen3, scramble
 
 DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    **SIZES,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
@@ -182,16 +178,7 @@ FAMILIES = {
     ),
     "bert": Family(bert, of_class, modules=("word_embeddings",)),
     "bert, tokens": Family(
-        lambda: BertForTokenClassification(
-            BertConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_labels=3,
-            )
-        ),
+        lambda: BertForTokenClassification(BertConfig(**SIZES, num_labels=3)),
         of_tokens,
     ),
     "t5": Family(
@@ -212,15 +199,7 @@ FAMILIES = {
     ),
     "vit": Family(
         lambda: ViTForImageClassification(
-            ViTConfig(
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                image_size=8,
-                patch_size=4,
-                num_labels=3,
-            )
+            ViTConfig(**WIDTHS, image_size=8, patch_size=4, num_labels=3)
         ),
         images,
         modules=(r"patch_embeddings\.projection",),

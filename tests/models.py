@@ -20,21 +20,24 @@ from lora_func._weight import affine
 from lora_func.variants import by_name
 
 VOCABULARY = 64
+WIDTHS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES = {"vocab_size": VOCABULARY, **WIDTHS}
 
 
 def qwen3(**settings: object) -> PreTrainedModel:
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=64,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        **{"num_hidden_layers": 2, "use_cache": False} | settings,
+        **{**SIZES, "use_cache": False} | settings,
     )
     return Qwen3ForCausalLM(config).eval()
 
@@ -59,14 +62,9 @@ def gpt2(**settings: object) -> PreTrainedModel:
 
 def bert(**settings: object) -> PreTrainedModel:
     config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         max_position_embeddings=64,
         num_labels=3,
-        **settings,
+        **SIZES | settings,
     )
     return BertForSequenceClassification(config).eval()
 

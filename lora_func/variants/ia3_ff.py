@@ -11,7 +11,8 @@ References:
     ``tuners/ia3/layer.py`` (``feedforward_modules``).
 
 Deviations: T-Few gates the output of the layer before the second feed-forward one, which is the
-same thing; PEFT and we gate the input of that one.
+same thing; PEFT and we gate the input of that one. On a convolution we have a gain for each channel
+and tap, PEFT for each channel.
 """
 
 from collections.abc import Mapping
