@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import lora_func as lf
-from lora_func._files import read
+from lora_func._files import bits, read
 from lora_func._io import ADAPTER
 from lora_func.peft import to_peft
 
@@ -25,7 +26,7 @@ def show(options: argparse.Namespace) -> int:
     for name, value in said.items():
         if name == "base" and value is not None:
             value = f"{len(value)} weights known by shape, dtype and values"
-        console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
+        console.print(f"{name}: {value}", highlight=False, markup=False)
     trained, _ = lf.partition(params)
     health = {
         "not finite": [key for key, leaf in params.items() if not leaf.isfinite().all()],
@@ -33,7 +34,7 @@ def show(options: argparse.Namespace) -> int:
     }
     for name, keys in health.items():
         found = f"{len(keys)} of {len(params)} leaves, such as {keys[0]}" if keys else "none"
-        console.print(f"[bold]{name}[/bold]: {found}", highlight=False)
+        console.print(f"{name}: {found}", highlight=False, markup=False)
     return 0
 
 
@@ -43,11 +44,11 @@ def convert(options: argparse.Namespace) -> int:
 
     model = getattr(transformers, options.model_class).from_pretrained(options.model)
     params = lf.load(options.file, model=model)
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.to == "peft":
         to_peft(params, options.out, model=model, base_model_name=options.model)
     else:
         found = lf.to_lora(params, model, options.rank, tol=options.tol)
+        options.out.mkdir(parents=True, exist_ok=True)
         lf.save(found.params, options.out / "adapter.safetensors", model=model)
         worst = max(found.errors.values(), default=0.0)
         print(f"largest relative error of a site: {worst:.2e}")
@@ -64,13 +65,16 @@ def diff(options: argparse.Namespace) -> int:
     for key in {**one, **two}:
         a, b = one.get(key), two.get(key)
         if a is None or b is None:
-            table.add_row(key, f"only in {options.file if b is None else options.other}", "")
-        elif a.shape != b.shape:
-            table.add_row(key, f"{tuple(a.shape)}, {tuple(b.shape)}", "")
-        elif not torch.equal(a, b):
-            off = (a.double() - b.double()).detach()
-            relative = (off.norm() / b.detach().double().norm()).item()
-            table.add_row(key, f"{off.abs().max().item():.2e}", f"{relative:.2e}")
+            table.add_row(
+                escape(key), f"only in {options.file if b is None else options.other}", ""
+            )
+        elif (a.shape, a.dtype) != (b.shape, b.dtype):
+            kinds = [f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in (a, b)]
+            table.add_row(escape(key), ", ".join(kinds), "")
+        elif not torch.equal(bits(a.detach()), bits(b.detach())):
+            off, size = (a.double() - b.double()).detach(), b.detach().double().norm()
+            relative = f"{(off.norm() / size).item():.2e}" if size else "–"
+            table.add_row(escape(key), f"{off.abs().max().item():.2e}", relative)
     if not table.row_count:
         print(f"{len(one)} leaves are the same")
         return 0

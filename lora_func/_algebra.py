@@ -175,6 +175,8 @@ def _sum(
     names = {name for name, _, _ in here}
     if names <= {*_LOW_RANK}:
         pairs = [pair for _, leaves, weight in here for pair in _pairs(leaves, weight)]
+        if len({A.shape[:-2] for A, _ in pairs}) > 1:
+            raise ValueError(f"{site}: single adapters and stacks, or stacks of other sizes")
         A = torch.cat([A for A, _ in pairs], -2)
         return "lora", {
             "A": A,
@@ -191,6 +193,8 @@ def _sum(
     summed = {}
     for leaf, tensor in first.items():
         each = [leaves[leaf] for _, leaves, _ in here]
+        if any(one.shape != tensor.shape for one in each):
+            raise ValueError(f"{site}: {leaf} has shapes {[tuple(one.shape) for one in each]}")
         if not leaf.startswith("_"):
             moved = [weight * (t - neutral) for t, (_, _, weight) in zip(each, here, strict=True)]
             summed[leaf] = neutral + torch.stack(moved).sum(0)

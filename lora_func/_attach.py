@@ -30,7 +30,7 @@ class Attached:
         self.model = model
         self._leaves: dict[str, tuple[_Leaves, str]] = {}
         self._places: dict[tuple[nn.Module, str], list[str]] = {}
-        self._required_grad = [p for p in model.parameters() if p.requires_grad]
+        self._required_grad = [(p, p.requires_grad) for p in model.parameters()]
 
     def params(self) -> Params:
         """Return the adapter as it is now: new tensors, as ``init`` would make them."""
@@ -46,25 +46,35 @@ class Attached:
             merge: Whether the model keeps the adapted weights, written into its own parameters.
 
         Raises:
-            ValueError: If merging would change another place of a tied weight.
+            ValueError: If merging would change another place of a tied weight, or there is nothing
+                to merge since it has been removed.
         """
+        if merge and not self._places:
+            raise ValueError(
+                "merge: the adapter has been removed; merge(model, params) has no need"
+            )
         merged = {place: getattr(*place).detach().clone() for place in self._places if merge}
-        if merge:
-            self._refuse_untying()
+        self._refuse_untying(merged)
         for (module, name), order in reversed(self._places.items()):
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             own = module._parameters
-            own.update({kept: own.pop(kept) for kept in order})
+            own.update({kept: own.pop(kept) for kept in order if kept in own})
         with torch.no_grad():
             for (module, name), tensor in merged.items():
                 getattr(module, name).copy_(tensor)
-        for parameter in self._required_grad:
-            parameter.requires_grad_()
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
         self._places.clear()
         self._required_grad.clear()
 
-    def _refuse_untying(self) -> None:
-        originals = {id(_original(*place)) for place in self._places}
+    def _refuse_untying(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+        originals: dict[int, Tensor] = {}
+        for place, tensor in merged.items():
+            if not torch.equal(originals.setdefault(id(_original(*place)), tensor), tensor):
+                raise ValueError(
+                    f"{place[1]}: two places of one parameter are adapted to differ, which it "
+                    "cannot hold; use lora_func.merge(model, params, tied='untie')"
+                )
         for path, module in self.model.named_modules():
             for name, parameter in module._parameters.items():
                 inside = isinstance(module, parametrize.ParametrizationList)
@@ -150,7 +160,7 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
         TypeError: If a variant has no weight, or a layer's weight is quantised or computed; such an
             adapter runs in a block of ``adapted``.
         ValueError: If two variants name one module, a leaf is missing, unknown or of another shape,
-            or it is a stack.
+            it is a stack, or the model has an adapter attached.
         BusyModelError: If the model is running with an adapter.
 
     Example:
@@ -164,6 +174,8 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     """
     model = uncompiled(model)
     refuse_running(model, "attach when it is not")
+    if any(isinstance(module, _View) for module in model.modules()):
+        raise ValueError("model: has an adapter attached; remove that first")
     if refuse_other_leaves(params, model):
         raise ValueError("params: is a stack; attach takes one adapter")
     plan = plan_of(model, params)
@@ -179,8 +191,7 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
             views += [(*place, view) for place in everywhere]
     handle._leaves = {key: handle._leaves[key] for key in params}
     try:
-        for parameter in handle._required_grad:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for module, name, view in views:
             order = [*module._parameters]
             parametrize.register_parametrization(module, name, view, unsafe=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
@@ -73,7 +74,7 @@ def write(path: Path, content: Content) -> None:
 
     def verify(beside: Path) -> None:
         again = read(beside, content.kind).tensors
-        if any(not torch.equal(_bits(again[name]), _bits(tensors[name])) for name in tensors):
+        if any(not torch.equal(bits(again[name]), bits(tensors[name])) for name in tensors):
             raise OSError(f"{path}: what was written is not what is read; nothing was replaced")
 
     replace_file(path, written, verify)
@@ -92,12 +93,17 @@ def replace_file(
     Raises:
         OSError: If the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    path = Path(os.path.realpath(path))  # what a link leads to, not the link
+    if path.is_dir():
+        raise OSError(f"{path}: is a folder; give the path of a file")
+    beside = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
     try:
         with beside.open("wb") as file:
             file.write(written)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, beside)
         verify(beside)
         os.replace(beside, path)
     finally:
@@ -127,7 +133,8 @@ def read(path: Path, kind: str) -> Content:
     if not path.is_file():
         raise AdapterFileError(f"{path}: is no file; give the path of a safetensors file")
     try:
-        with safe_open(path, framework="pt") as file:
+        # an inference tensor could not be trained
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             # copies: in a mapped file tensors are not aligned, and kernels may round differently
             found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -162,11 +169,12 @@ def _checksum(content: Content) -> int:
     said = [content.kind, content.facts, {**content.metadata}, about]
     checksum = zlib.crc32(json.dumps(said, sort_keys=True).encode())
     for tensor in content.tensors.values():
-        checksum = zlib.crc32(_bits(tensor).numpy().data, checksum)
+        checksum = zlib.crc32(bits(tensor).numpy().data, checksum)
     return checksum
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's memory, byte by byte."""
     return tensor.reshape(-1).view(torch.uint8)
 
 

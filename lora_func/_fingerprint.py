@@ -80,6 +80,7 @@ def _weights(site: Site) -> Iterator[tuple[str, torch.Size, str, Tensor]]:
 
 def _sampled(tensor: Tensor) -> str:
     flat = tensor.detach().reshape(-1)
-    places = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLES)).long()
-    values = flat[places.to(flat.device)].cpu().contiguous()
+    count = min(len(flat), _SAMPLES)
+    places = [i * (len(flat) - 1) // max(count - 1, 1) for i in range(count)]
+    values = flat[torch.tensor(places, dtype=torch.int64, device=flat.device)].cpu().contiguous()
     return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

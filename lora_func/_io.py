@@ -165,7 +165,8 @@ def _refuse_unsavable(params: Mapping[str, Tensor], allow_nonfinite: bool) -> No
     for key, leaf in params.items():
         if leaf.is_meta or not leaf.numel():
             raise ValueError(f"{key}: has no data, shape {tuple(leaf.shape)} on {leaf.device}")
-        if not allow_nonfinite and not leaf.isfinite().all():
+        wide = leaf if leaf.element_size() > 1 else leaf.float()
+        if not allow_nonfinite and not wide.isfinite().all():
             raise ValueError(
                 f"{key}: holds NaN or infinity; pass allow_nonfinite=True to save it all the same"
             )

@@ -1,7 +1,8 @@
 """The state dict of a model that has the adapter for its own weights."""
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from copy import deepcopy
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from lora_func._bitsandbytes import is_quantised
 from lora_func._frozen import frozen_parameters, refuse_unused, shared_parameters
 from lora_func._modules import uncompiled
-from lora_func._plan import plan_of
+from lora_func._plan import Site, plan_of
 from lora_func._sites import Replacement, replacements
 from lora_func._weight import affine, dense
 
@@ -35,9 +36,10 @@ def merge(
 
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
-        TypeError: If a variant has no weight: one that is not linear in x.
-        ValueError: If a tied weight would be untied, two variants name one module, or a leaf has
-            not its parameter's shape.
+        TypeError: If a variant has no weight, being not linear in x, or a weight is computed when
+            it is read.
+        ValueError: If a tied weight would be untied or is adapted at two places, two variants name
+            one module, or a leaf has not its parameter's shape.
         UnusedLeafError: If a variant has no such leaf.
 
     Example:
@@ -51,7 +53,9 @@ def merge(
         raise ValueError(f"tied: got {tied!r}, expected 'error' or 'untie'")
     model = uncompiled(model)
     with torch.no_grad():
-        changed = replacements(model, plan_of(model, params).sites, params)
+        sites = plan_of(model, params).sites
+        _refuse_meeting(sites)
+        changed = replacements(model, sites, params)
         read = {key for _, _, reads in changed for keys in reads.values() for key in keys}
         refuse_unused([{*params} - read])
         if tied == "error":
@@ -63,6 +67,23 @@ def merge(
             for name, tensor in new.items():
                 state.update(dict.fromkeys(names[id(module), name], copies[id(tensor)]))
     return state
+
+
+def _refuse_meeting(sites: Iterable[Site]) -> None:
+    """Refuse two adapters of a tied parameter: one at every place of it, one at one of them."""
+    owners: dict[int, Site] = {}
+    for site in sites:
+        module = site.module()
+        assert module is not None
+        own = frozen_parameters(module)
+        trained = site.variant.parameters is not None
+        for name in site.keys if trained else [site.parameter or "weight"]:
+            other = owners.setdefault(id(own.get(name)), site)
+            if other is not site and (site.everywhere or other.everywhere):
+                raise ValueError(
+                    f"{site.path}: adapts the parameter that {other.path!r} adapts, which is tied "
+                    "to it; a state dict has no name for the two"
+                )
 
 
 def _names(model: nn.Module) -> dict[tuple[int, str], list[str]]:
@@ -79,14 +100,15 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     modules = model.named_modules(remove_duplicate=False)
     quantised = {f"{path}." if path else "": m for path, m in modules if is_quantised(m)}
     weights = {id(m): dense(affine(m, prefix)) for prefix, m in quantised.items()}
-    copies: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
+    copies: dict[int, Any] = {}
+    state: dict[str, Any] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         prefix = next((prefix for prefix in quantised if key.startswith(prefix)), None)
         if prefix is not None and key == f"{prefix}weight":
             state[key] = weights[id(quantised[prefix])]
         elif prefix is None or key == f"{prefix}bias":
-            state[key] = copies.setdefault(id(tensor), tensor.detach().clone())
+            copied = tensor.detach().clone() if isinstance(tensor, Tensor) else deepcopy(tensor)
+            state[key] = copies.setdefault(id(tensor), copied)
     return state
 
 

@@ -177,6 +177,33 @@ FORMATS = {
 }
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LORA": {"lora_alpha": 8},
+    "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+    "ROAD": {"variant": "road_1", "group_size": 64},
+}
+"""What PEFT takes for a setting that a config leaves out."""
+
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+    "bias": (None, "none"),
+    "lora_bias": (None, False),
+    "use_qalora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "apply_GS": (None, False),
+    "block_share": (None, False),
+    "coft": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+}
+"""The values at which settings that we have not change nothing."""
+
+
 def format_of(name: str, exact: bool, embedded: bool) -> Format | None:
     """Return the format of a variant; None if PEFT has none.
 

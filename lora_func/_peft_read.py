@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_func._errors import AdapterFileError
-from lora_func._frozen import frozen_parameters
+from lora_func._frozen import frozen_parameters, shared_parameters
 from lora_func._io import trainable
-from lora_func._keys import Key
+from lora_func._keys import Key, parse
 from lora_func._leaves import refuse_other_leaves
 from lora_func._modules import place_of, uncompiled
 from lora_func._peft_formats import (
     CONFIG,
+    DEFAULTS,
     EMBEDDED,
     FORMATS,
+    HARMLESS,
     PREFIX,
     WEIGHTS,
     Format,
@@ -57,7 +59,8 @@ def from_peft(folder_or_id: str | PathLike[str], model: nn.Module) -> Params:
             if path.endswith(_BASE):
                 _refuse_other_base(model, rename(path.removesuffix(_BASE)), theirs)
             else:
-                params |= _site_of(model, rename(path), config, theirs)
+                params |= _site_of(model, path, rename(path), config, theirs)
+        params = _tied_once(model, params)
         refuse_other_leaves(params, model)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{folder}: {error.args[0]}") from error
@@ -82,31 +85,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         kind = config["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(f"{path}: is no config of PEFT ({error!r})") from error
+    config = DEFAULTS.get(kind, {}) | config
     known = {found.peft_type for found in FORMATS.values()}
     if kind not in known:
         raise AdapterFileError(f"{path}: is of kind {kind!r}; read are {sorted(known)}")
-    for name, harmless in _HARMLESS.items():
+    for name, harmless in HARMLESS.items():
         if config.get(name) not in harmless:
             raise AdapterFileError(
                 f"{path}: {name} is {config[name]!r}, which changes the base or the forward pass "
                 "in a way that lora_func does not have"
             )
     return config
-
-
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
-    "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "use_qalora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "apply_GS": (None, False),
-    "block_share": (None, False),
-    "coft": (None, False),
-}
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -117,7 +106,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; pickled weights are never loaded")
     try:
-        return {key: tensor.clone() for key, tensor in load_file(path).items()}
+        with torch.inference_mode(False):
+            return {key: tensor.clone() for key, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise AdapterFileError(f"{path}: is no safetensors file, or broken ({error})") from error
 
@@ -163,21 +153,24 @@ def _by_module(
 
 
 def _site_of(
-    model: nn.Module, path: str, config: Mapping[str, Any], theirs: Mapping[str, Tensor]
+    model: nn.Module,
+    their_path: str,
+    path: str,
+    config: Mapping[str, Any],
+    theirs: Mapping[str, Tensor],
 ) -> Params:
     module, _ = place_of(model, path)
-    for name in _candidates(config, theirs):
-        found = format_of(
-            name, not config.get("use_cayley_neumann"), isinstance(module, nn.Embedding)
-        )
+    exact, embedded = not config.get("use_cayley_neumann"), isinstance(module, nn.Embedding)
+    for name in _candidates(config, their_path):
+        found = format_of(name, exact, embedded)
         if found is None or {leaf.name for leaf in found.leaves.values()} != theirs.keys():
             continue
-        own = _pattern(config, found, path)
+        own = _pattern(config, found, their_path)
         leaves = {leaf: it.ours(theirs[it.name], own) for leaf, it in found.leaves.items()}
         leaves |= found.constants(own, leaves, weight_of(model, path))
         return {str(Key(path, name, leaf)): tensor for leaf, tensor in leaves.items()}
     wanted = config.get("modules_to_save") or []
-    kept = any(path == name or path.endswith(f".{name}") for name in wanted)
+    kept = any(f".{name}." in f".{their_path}." for name in wanted)
     if not kept or not theirs.keys() <= frozen_parameters(module).keys():
         raise ValueError(f"{path}: its tensors {[*theirs]} are not what the config says")
     return {str(Key(path, "full", name)): tensor for name, tensor in theirs.items()}
@@ -198,14 +191,38 @@ def _refuse_other_base(model: nn.Module, path: str, theirs: Mapping[str, Tensor]
             )
 
 
-def _candidates(config: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> list[str]:
+def _tied_once(model: nn.Module, params: Params) -> Params:
+    """Keep one of the copies that PEFT trains of a tied parameter, if they are the same."""
+    places, names = shared_parameters(model), {id(m): name for name, m in model.named_modules()}
+    kept = dict(params)
+    for key in params:
+        path, variant, leaf = parse(key)
+        if variant != "full" or key not in kept:
+            continue
+        parameter = frozen_parameters(model.get_submodule(path))[leaf]
+        others = [str(Key(names[id(m)], "full", n)) for m, n in places[id(parameter)]]
+        if any(o not in params or not torch.equal(params[o], params[key]) for o in others):
+            raise ValueError(
+                f"{path}.{leaf}: is tied in the model, and {others} in the checkpoint are not all "
+                "there, or not the same; untie them in the model first"
+            )
+        for other in others[1:]:
+            kept.pop(other, None)
+    return kept
+
+
+def _candidates(config: Mapping[str, Any], path: str) -> list[str]:
     """The variants that the tensors of a module may be of."""
     kind = config["peft_type"]
     if kind == "LORA":
         return ["dora" if config.get("use_dora") else "lora"]
     if kind == "IA3":
-        gain = theirs.get("ia3_l")
-        return ["ia3_ff" if gain is not None and gain.shape[0] == 1 else "ia3"]
+        inputs = config.get("feedforward_modules") or []
+        if isinstance(inputs, str):
+            on_inputs = re.fullmatch(inputs, path) is not None
+        else:
+            on_inputs = path.endswith(tuple(inputs))
+        return ["ia3_ff" if on_inputs else "ia3"]
     if kind == "ROAD":
         return [config.get("variant", "road_1").replace("_", "")]
     return [name for name, found in FORMATS.items() if found.peft_type == kind]

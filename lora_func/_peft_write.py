@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_func._files import replace_file
-from lora_func._frozen import frozen_parameters
+from lora_func._frozen import frozen_parameters, shared_parameters
 from lora_func._keys import Key, group
 from lora_func._leaves import refuse_other_leaves
 from lora_func._modules import place_of, uncompiled
@@ -79,6 +79,8 @@ def to_peft(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # without a config nobody takes half a checkpoint for a whole one
+    (folder / CONFIG).unlink(missing_ok=True)
     replace_file(folder / WEIGHTS, save(tensors, {"format": "pt"}))
     replace_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
 
@@ -87,11 +89,15 @@ def _sites(model: nn.Module, leaves: Mapping[str, Tensor]) -> tuple[list[_Site],
     """The sites in PEFT's terms, and the parameters of the modules that it is to keep whole."""
     sites: list[_Site] = []
     saved: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
     for (path, name), keys in group(leaves).items():
         module, parameter = place_of(model, path)
         own = {leaf: leaves[key] for leaf, key in keys.items()}
+        if not path:
+            raise TypeError(f"{type(model).__name__}: PEFT wraps parts of a model, not all of it")
         if by_name(name).parameters is not None:
-            saved |= _whole(path, module, own)
+            whole, changed = _whole(model, path, own)
+            saved, trained = saved | whole, trained | changed
             continue
         name, own = _as_lora(own) if name == "pissa" else (name, own)
         embedded = isinstance(module, nn.Embedding)
@@ -106,7 +112,7 @@ def _sites(model: nn.Module, leaves: Mapping[str, Tensor]) -> tuple[list[_Site],
             raise TypeError(f"{path}: PEFT has no {name} for a {type(module).__name__}")
         d_out, d_in = weight_of(model, path).shape
         sites.append(_Site(path, name, found, own, found.settings(own, (d_out, d_in))))
-    return sites, saved
+    return sites, saved | trained
 
 
 def _as_lora(own: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -115,13 +121,24 @@ def _as_lora(own: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     return "lora", {"A": A, "B": B, "_scale": own["_scale"]}
 
 
-def _whole(path: str, module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if any(module.children()):
-        raise TypeError(f"{path}: PEFT keeps whole modules, and this one has others inside")
-    parameters = frozen_parameters(module)
-    whole = {name: p.detach().cpu().clone() for name, p in parameters.items() if p is not None}
-    prefix = f"{path}." if path else ""
-    return {f"{prefix}{name}": tensor for name, tensor in (whole | dict(own)).items()}
+def _whole(
+    model: nn.Module, path: str, own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All parameters of modules of which some are trained, and those; tied ones at each place."""
+    places, here = shared_parameters(model), frozen_parameters(model.get_submodule(path))
+    names = {id(module): name for name, module in model.named_modules()}
+    whole: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
+    for leaf, tensor in own.items():
+        for module, alias in places[id(here[leaf])]:
+            name = names[id(module)]
+            if any(module.children()):
+                raise TypeError(f"{name}: PEFT keeps whole modules; this one has others inside")
+            for of_it, p in frozen_parameters(module).items():
+                if p is not None:
+                    whole[f"{name}.{of_it}"] = p.detach().cpu().clone()
+            trained[f"{name}.{alias}"] = tensor.clone()
+    return whole, trained
 
 
 def _config(
@@ -143,7 +160,7 @@ def _config(
     config |= _settings(sites)
     if peft_type == "IA3":
         inputs = [site.path for site in sites if site.variant == "ia3_ff"]
-        config["feedforward_modules"] = _targets(model, inputs) if inputs else []
+        config["feedforward_modules"] = "|".join(map(re.escape, inputs)) if inputs else []
     if peft_type == "SHIRA" and any(
         len(site.leaves["values"]) != config["r"] * sum(weight_of(model, site.path).shape)
         for site in sites

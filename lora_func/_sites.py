@@ -11,7 +11,7 @@ from lora_func._frozen import Forward, Watched, frozen_parameters, shared_parame
 from lora_func._plan import Site
 from lora_func._slots import Put, Slot
 from lora_func._views import new_bias, new_weight
-from lora_func._weight import affine, bias_name, dense, is_stack, matrix, stored
+from lora_func._weight import affine, bias_name, dense, is_stack, matrix, refuse_computed, stored
 
 
 def leaves_of(
@@ -180,6 +180,7 @@ def effective(
     if site.variant.parameters is not None:
         replaced = site.variant.parameters(own, leaves)
     else:
+        refuse_computed(site.path, own, name)
         W = matrix(module, own, name)
         replaced = {name: stored(module, own, name, new_weight(site, W, leaves))}
         bias = new_bias(site, W.bias, leaves, is_stack(W))

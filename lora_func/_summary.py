@@ -40,6 +40,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
         ...
     """
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     trained, _ = partition(params)
@@ -52,7 +53,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
         of_site = [params[key] for key in keys.values() if key in trained]
         norm = variant.delta_norm(leaves) if variant.delta_norm else None
         table.add_row(
-            site or "(the model)",
+            escape(site) or "(the model)",
             name,
             str(rank_of(variant, leaves) or "–"),
             _range(leaves.get("_scale")),

@@ -60,7 +60,8 @@ def save_training_state(
         path: Where; its folder must exist.
         step: How many steps have been made.
         model: The model, to be known again.
-        extra: What else is to be remembered, as far as JSON knows it: a scheduler's state dict.
+        extra: What else is to be remembered, of tensors, numbers, text, lists and dicts: a
+            scheduler's state dict. Tuples come back as lists.
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
@@ -86,7 +87,7 @@ def save_training_state(
         "one": isinstance(params, Mapping),
         "optimizer": state,
         "step": step,
-        "extra": dict(extra or {}),
+        "extra": _outside(dict(extra or {}), "extra", tensors),
         "python": python,
     }
     write(Path(path), Content(_KIND, tensors, facts, {}))
@@ -133,10 +134,9 @@ def load_training_state(
     states: dict[str, Any] = {"cpu": tensors["random.cpu"], "python": facts["python"]}
     if cuda := _below(tensors, "random.cuda."):
         states["cuda"] = [cuda[str(i)] for i in range(len(cuda))]
-    optimizer = _inside(facts["optimizer"], tensors)
-    optimizer["state"] = {int(index): of_leaf for index, of_leaf in optimizer["state"].items()}
     params = adapters[0] if facts["one"] else adapters
-    return TrainingState(params, optimizer, facts["step"], facts["extra"], states)
+    optimizer, extra = (_inside(facts[name], tensors) for name in ("optimizer", "extra"))
+    return TrainingState(params, optimizer, facts["step"], extra, states)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -144,20 +144,28 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _outside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Move tensors out of a tree of dicts and lists, and leave their names."""
+    """Move tensors out of a tree of dicts and lists, which leaves what JSON knows."""
     if isinstance(value, Tensor):
         tensors[name] = value
-        return {"tensor": name}
+        return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return {str(key): _outside(one, f"{name}.{key}", tensors) for key, one in value.items()}
+        pairs = [[key, _outside(one, f"{name}.{key}", tensors)] for key, one in value.items()]
+        # JSON has text for keys alone
+        return dict(pairs) if all(isinstance(key, str) for key in value) else {_PAIRS: pairs}
     if isinstance(value, (list, tuple)):
         return [_outside(one, f"{name}.{i}", tensors) for i, one in enumerate(value)]
     return value
 
 
 def _inside(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"tensor"}:
-            return tensors[value["tensor"]]
-        return {key: _inside(one, tensors) for key, one in value.items()}
-    return [_inside(one, tensors) for one in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_inside(one, tensors) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TENSOR}:
+        return tensors[value[_TENSOR]]
+    pairs = value[_PAIRS] if value.keys() == {_PAIRS} else value.items()
+    return {key: _inside(one, tensors) for key, one in pairs}
+
+
+_TENSOR, _PAIRS = "__tensor__", "__pairs__"

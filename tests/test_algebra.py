@@ -213,5 +213,10 @@ def test_what_is_no_sum():
             lf.combine([(params, 0.5)])
     with pytest.raises(TypeError, match=r"of \['ia3', 'lora'\] is exactly"):
         lf.combine([(lf.init(model, lf.LoRA(r=2)), 1.0), (lf.init(model, lf.IA3()), 1.0)])
+    one = lf.init(model, lf.LoRA(r=2))
+    for config in (lf.LoRA(r=2), lf.IA3()):
+        one = lf.init(model, config)
+        with pytest.raises(ValueError, match=r"stacks|has shapes"):
+            lf.combine([(one, 1.0), (lf.stack([one, one]), 1.0)])
     with pytest.raises(ValueError, match="terms: got none"):
         lf.combine([])

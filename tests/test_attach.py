@@ -89,6 +89,8 @@ def test_merging_in_place(family):
         close(tensor, state[key])
     close(model(**batch).loss, expected)
     handle.remove()  # once more is nothing
+    with pytest.raises(ValueError, match="merge: the adapter has been removed"):
+        handle.remove(merge=True)
 
 
 def test_tied_weights():
@@ -122,6 +124,34 @@ def test_the_base_is_frozen_meanwhile():
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         assert len(names) == len(lf.partition(handle.params())[0])
     assert [p.requires_grad for p in model.parameters()] == wanted
+    with lf.attach(model, lf.init(model, lf.LoRA(r=2))):
+        model.requires_grad_(True)
+    assert [p.requires_grad for p in model.parameters()] == wanted
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+def test_two_adapters_of_one_tied_parameter():
+    """One everywhere, one at one of its places: it runs, and no state dict has names for both."""
+    model, ids = Tied().requires_grad_(False), torch.arange(3)
+    cfg = lf.LoRA(r=2, target_modules="head", target_parameters=r"^embed\.weight")
+    params = scramble(lf.init(model, cfg))
+    with pytest.raises(ValueError, match=r"adapts the parameter that .* adapts, which is tied"):
+        lf.merge(model, params)
+    expected = lf.fcall(model, params, ids)
+    handle = lf.attach(model, params)
+    close(model(ids), expected)
+    with pytest.raises(ValueError, match="two places of one parameter are adapted to differ"):
+        handle.remove(merge=True)
+    handle.remove()
 
 
 def test_what_users_do_with_modules():
@@ -239,9 +269,15 @@ def test_what_is_refused():
         lf.attach(model, params)
     assert_same(before, model)
     with lf.attach(model, params):
-        with pytest.raises(TypeError, match="computed when it is read"):
+        with pytest.raises(ValueError, match="model: has an adapter attached; remove that first"):
             lf.attach(model, params)
     assert_same(before, model)
+    computed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    of_it = {f"0.{key}": leaf for key, leaf in lf.init(nn.Linear(4, 4), lf.LoRA(r=2)).items()}
+    of_it = {key.replace("..", "."): leaf for key, leaf in of_it.items()}
+    for refuse in (lf.attach, lf.merge):
+        with pytest.raises(TypeError, match=r"^0: its weight is .*computed when it is read"):
+            refuse(computed, of_it)
     quantised = make_quantised("qwen3", "nf4")
     with pytest.raises(TypeError, match=r"q_proj: its weight is quantised.*adapted"):
         lf.attach(quantised, lf.init(quantised, lf.LoRA(r=2, target_modules="q_proj")))

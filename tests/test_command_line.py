@@ -26,7 +26,7 @@ def files(tmp_path_factory):
     model.save_pretrained(folder / "model")
     for name, cfg in {"lora": lf.LoRA(r=2), "hra": lf.HRA(r=2)}.items():
         params = scramble(lf.init(model, cfg))
-        lf.save(params, folder / name, model=model, cfg=cfg, metadata={"note": "mine"})
+        lf.save(params, folder / name, model=model, cfg=cfg, metadata={"note": "mine [/b]"})
     lf.save(lf.init(model, lf.LoRA(r=2)), folder / "start")
     broken = {key: leaf * torch.nan for key, leaf in lf.init(model, lf.LoRA(r=2)).items()}
     lf.save(broken, folder / "broken", allow_nonfinite=True)
@@ -39,7 +39,7 @@ def test_show(files):
     for part in (
         "q_proj",
         "14 sites",
-        "note: mine",
+        "note: mine [/b]",
         "'r': 2",
         "14 weights known",
         "all zero: none",
@@ -71,6 +71,8 @@ def test_convert_to_a_lora(files, tmp_path):
 
 
 def test_diff(files):
+    nan = run("diff", files / "broken", files / "broken")
+    assert (nan.returncode, nan.stdout) == (0, "42 leaves are the same\n")
     same = run("diff", files / "lora", files / "lora")
     assert (same.returncode, same.stdout) == (0, "42 leaves are the same\n")
     done = run("diff", files / "lora", files / "start")

@@ -19,6 +19,7 @@ from torch import nn
 import lora_func as lf
 from lora_func import _files
 from lora_func._files import OURS
+from lora_func._fingerprint import fingerprint
 from tests.cases import CASES
 from tests.models import batch_for, make, scramble
 from tests.quantised import KINDS, make_quantised
@@ -148,8 +149,6 @@ def test_more_that_is_not_saved(tmp_path):
         lf.save(params, tmp_path / "a", metadata={"lora_func": ""})
     with pytest.raises(OSError, match="nowhere"):
         lf.save(params, tmp_path / "nowhere" / "a")
-    with pytest.raises(OSError):  # noqa: PT011 - the system's own
-        lf.save(params, tmp_path)
     wrong = lf.init(model, lf.Full(target_parameters="bias")) | {".full.bias": torch.ones(3)}
     with pytest.raises(ValueError, match=r"full\.bias: got shape \(3,\), the parameter has \(4,\)"):
         lf.save(wrong, tmp_path / "a", model=model)
@@ -182,6 +181,38 @@ def test_another_base(tmp_path):
     with pytest.raises(lf.AdapterFileError, match="no module and no parameter"):
         lf.load(path, model=make("gpt2"))
     assert_identical(lf.load(path), params)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+def test_a_weight_of_more_than_single_precision_counts(tmp_path, default):
+    model = nn.Linear(2, 2).requires_grad_(False)
+    model.weight = nn.Parameter(torch.ones(1).expand(2**13, 2**12), requires_grad=False)
+    torch.set_default_dtype(default)
+    try:
+        place = fingerprint(model, {".full.weight": torch.ones(2**13, 2**12)})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert place == fingerprint(model, {".full.weight": torch.ones(2**13, 2**12)})
+
+
+def test_where_files_lie(tmp_path):
+    """Links, permissions, long names, inference mode."""
+    params = lora()
+    real, link = tmp_path / "real", tmp_path / "link"
+    lf.save(params, real)
+    real.chmod(0o600)
+    link.symlink_to(real)
+    lf.save(lora(alpha=7), link)
+    assert link.is_symlink()
+    assert lf.load(real)[".lora._scale"] == 3.5
+    assert real.stat().st_mode & 0o777 == 0o600
+    lf.save(params, tmp_path / ("n" * 250))
+    with torch.inference_mode():
+        assert lf.load(real)[".lora.A"].requires_grad
+    for path in (tmp_path, "", "."):
+        with pytest.raises(OSError, match="is a folder"):
+            lf.save(params, path)
+    lf.save({k: leaf.detach().to(torch.float8_e4m3fn) for k, leaf in params.items()}, real)
 
 
 def test_dying_leaves_the_old_file_or_the_new(tmp_path):
@@ -392,6 +423,32 @@ def test_training_goes_on_bit_for_bit(tmp_path, kind):
     training(model, state.params, optimizer, scheduler, 5)
     for ours, theirs in zip(state.params, params, strict=True):
         assert all(torch.equal(ours[key], leaf) for key, leaf in theirs.items())
+
+
+def test_schedules_come_back(tmp_path):
+    """MultiStepLR has numbers for keys, which JSON has not."""
+    params = lora()
+
+    def begun():
+        optimizer = torch.optim.SGD([*lf.partition(params)[0].values()], lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [5], 0.1)
+
+    optimizer, scheduler = begun()
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    extra = scheduler.state_dict() | {"tensor": torch.ones(2), "none": None, "nested": {1: [2.5]}}
+    lf.save_training_state(params, optimizer, tmp_path / "a", step=3, extra=extra)
+    state = lf.load_training_state(tmp_path / "a")
+    assert state.extra["nested"] == {1: [2.5]}
+    assert torch.equal(state.extra.pop("tensor"), torch.ones(2))
+    optimizer, scheduler = begun()
+    optimizer.load_state_dict(state.optimizer)
+    scheduler.load_state_dict(state.extra)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == [pytest.approx(0.1)]
 
 
 def test_a_training_state_is_strict_too(tmp_path):

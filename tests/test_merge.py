@@ -77,6 +77,19 @@ def test_a_bias_that_the_layer_had_not():
     close(nn.functional.linear(x, state["0.weight"], state["0.bias"]), lf.fcall(model, params, x))
 
 
+def test_extra_state_comes_along():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Extra(4, 4)).requires_grad_(False)
+    state = lf.merge(model, lf.init(model, lf.LoRA(r=2, target_modules="0")))
+    assert state["1._extra_state"] == {"calls": 3}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["qwen3", "bert"])
 def test_of_a_quantised_base(kind, family):

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 import lora_func as lf
+from lora_func import _peft_write
 from lora_func.peft import from_peft, to_peft
 from tests.cases import CASES
 from tests.models import batch_for, make, scramble
@@ -166,12 +167,121 @@ def test_an_embedding_of_another_base(tmp_path):
 def test_names_with_and_without_the_base(tmp_path):
     """An adapter of a model with a head, read for its base, and the other way round."""
     model = make("qwen3").requires_grad_(False)
-    params = scramble(lf.init(model, lf.LoRA(r=2)))
+    cfg = lf.LoRA(r=2, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 20})
+    params = scramble(lf.init(model, cfg))
     to_peft(params, tmp_path / "whole", model=model)
     inner = from_peft(tmp_path / "whole", model.model)
     assert {f"model.{key}" for key in inner} == {*params}
+    assert all(torch.equal(params[f"model.{key}"], leaf) for key, leaf in inner.items())
     to_peft(inner, tmp_path / "base", model=model.model)
-    assert {*from_peft(tmp_path / "base", model)} == {*params}
+    again = from_peft(tmp_path / "base", model)
+    assert {*again} == {*params}
+    assert all(torch.equal(params[key], leaf) for key, leaf in again.items())
+
+
+def test_settings_that_a_config_leaves_out(tmp_path):
+    """They are what PEFT takes for them."""
+    model = make("qwen3").requires_grad_(False)
+    batch = batch_for(model)
+    for cfg, names in {
+        lf.OFT(block_size=8, neumann_terms=5): ["use_cayley_neumann", "num_cayley_neumann_terms"],
+        lf.LoRA(r=2, alpha=8): ["lora_alpha"],
+        lf.ROAD(group_size=8): ["variant"],
+    }.items():
+        params = small(lf.init(model, cfg))
+        to_peft(params, tmp_path, model=model)
+        path = tmp_path / "adapter_config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+        close(ours(model, from_peft(tmp_path, model), batch), ours(model, params, batch))
+        close(logits(loaded(tmp_path, "qwen3"), batch), ours(model, params, batch))
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_trained_parameters_that_are_tied(name, tmp_path):
+    """PEFT keeps a copy at each place, and trains them apart; ours is one."""
+    model = make("qwen3", **TIED).requires_grad_(False)
+    cfg = [lf.LoRA(r=2, target_modules="q_proj"), lf.Full(target_parameters="embed_tokens")]
+    params, batch = scramble(lf.init(model, cfg)), batch_for(model)
+    to_peft(params, tmp_path / "ours", model=model)
+    close(logits(loaded(tmp_path / "ours", "qwen3", **TIED), batch), ours(model, params, batch))
+    again = from_peft(tmp_path / "ours", model)
+    assert all(torch.equal(again[key], leaf) for key, leaf in params.items())
+
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name])
+        theirs = peft.get_peft_model(make("qwen3", **TIED), config)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn_like(parameter)
+        theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(lf.AdapterFileError, match=r"is tied in the model.*untie them in the model"):
+        from_peft(tmp_path / "theirs", model)
+
+
+class Score(nn.Module):
+    """A head with one output, and names that end alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.x_proj, self.proj = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.proj(self.x_proj(x))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_gains_of_a_score(side, tmp_path):
+    model, x = Score().requires_grad_(False), torch.randn(3, 4)
+    kinds = (lf.IA3FF, lf.IA3) if side == "input" else (lf.IA3, lf.IA3FF)
+    cfg = [kinds[0](target_modules="^proj"), kinds[1](target_modules="^x_proj")]
+    params = scramble(lf.init(model, cfg))
+    to_peft(params, tmp_path, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    close(theirs(x), lf.fcall(model, params, x))
+    again = from_peft(tmp_path, model)
+    assert all(torch.equal(again[key], leaf) for key, leaf in params.items())
+
+
+def test_a_module_to_save_with_others_inside(tmp_path):
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"])
+        theirs = peft.get_peft_model(make("qwen3"), config).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn_like(parameter)
+        theirs.save_pretrained(tmp_path)
+    model, batch = make("qwen3").requires_grad_(False), batch_for(theirs)
+    close(ours(model, from_peft(tmp_path, model), batch), logits(theirs, batch))
+
+
+def test_half_a_checkpoint_is_none(tmp_path, monkeypatch):
+    model = make("qwen3").requires_grad_(False)
+    to_peft(lf.init(model, lf.LoRA(r=2, alpha=4)), tmp_path, model=model)
+    replace_file, calls = _peft_write.replace_file, []
+
+    def failing(path, *args):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError("full")
+        replace_file(path, *args)
+
+    monkeypatch.setattr(_peft_write, "replace_file", failing)
+    with pytest.raises(OSError, match="full"):
+        to_peft(lf.init(model, lf.LoRA(r=2, alpha=40)), tmp_path, model=model)
+    with pytest.raises(FileNotFoundError):
+        from_peft(tmp_path, model)
 
 
 class Ambiguous(nn.Module):
@@ -223,6 +333,8 @@ def test_what_is_not_written(tmp_path):
     ]:
         refused(lf.init(model, cfg), ValueError, f"vLLM does not serve.*{what}", target="vllm")
     to_peft(lora, tmp_path / "served", model=model, target="vllm")
+    with pytest.raises(TypeError, match="Linear: PEFT wraps parts of a model"):
+        to_peft(lf.init(nn.Linear(4, 4), lf.LoRA(r=2)), tmp_path / "none", model=nn.Linear(4, 4))
     model = make("gpt2").requires_grad_(False)
     refused(lf.init(model, lf.HRA(r=2)), TypeError, "PEFT has no hra for a Conv1D")
 
