@@ -23,7 +23,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, accuracies, classify, in_epochs, parser_of, smoothed
+from tasks import Classifier, Task, accuracies, classify, in_epochs, load, parser_of, smoothed
 from torch import Tensor
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig
@@ -53,15 +53,22 @@ def quantisation(bits: int) -> BitsAndBytesConfig:
     )
 
 
-def load(options: argparse.Namespace, **settings: object) -> Task:
-    """The task, on the device where the encoder is put."""
-    task = classify(options, device_map=options.device, **settings)
-    task.model.head.to(options.device)
-    batches = [
-        [{name: tensor.to(options.device) for name, tensor in batch.items()} for batch in side]
+def on_device(task: Task, device: str) -> Task:
+    task.model.to(device)
+    data, held_out = (
+        [{name: tensor.to(device) for name, tensor in batch.items()} for batch in side]
         for side in (task.data, task.held_out)
-    ]
-    return replace(task, data=batches[0], held_out=batches[1])
+    )
+    return replace(task, data=data, held_out=held_out)
+
+
+def quantised(task: Task, options: argparse.Namespace) -> Task:
+    """The same task on the same encoder, quantised as it is loaded; the head stays the same."""
+    settings = {"device_map": options.device, "quantization_config": quantisation(options.bits)}
+    encoder, _ = load(options.model, **settings)
+    model = Classifier(encoder, task.model.head.out_features).eval()
+    model.head = task.model.head
+    return replace(task, model=model)
 
 
 def train(
@@ -129,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=3e-3)
     options = parser.parse_args(arguments)
 
-    dense = load(options)
-    packed = load(options, quantization_config=quantisation(options.bits))
+    dense = on_device(classify(options), options.device)
+    packed = quantised(dense, options)
 
     def alone(task: Task) -> Callable[[list[lf.Params], dict[str, Tensor]], Tensor]:
         return lambda adapters, batch: lf.fcall(task.model, adapters[0], batch)[None]

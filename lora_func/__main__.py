@@ -13,13 +13,15 @@ from rich.table import Table
 
 import lora_func as lf
 from lora_func._files import bits, read
-from lora_func._io import ADAPTER
+from lora_func._io import ADAPTER, refuse_unfitting
 from lora_func.peft import to_peft
 
 
 def show(options: argparse.Namespace) -> int:
     """Print what a file holds, what it says of itself, and whether it is healthy."""
-    params, content = lf.load(options.file), read(options.file, ADAPTER)
+    content = read(options.file, ADAPTER)
+    params = content.tensors
+    refuse_unfitting(options.file, params, content.facts, None)
     console = Console(width=max(100, Console().width))
     console.print(lf.summary(params))
     said = {**content.facts, **content.metadata}
@@ -65,9 +67,8 @@ def diff(options: argparse.Namespace) -> int:
     for key in {**one, **two}:
         a, b = one.get(key), two.get(key)
         if a is None or b is None:
-            table.add_row(
-                escape(key), f"only in {options.file if b is None else options.other}", ""
-            )
+            where = options.file if b is None else options.other
+            table.add_row(escape(key), escape(f"only in {where}"), "")
         elif (a.shape, a.dtype) != (b.shape, b.dtype):
             kinds = [f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in (a, b)]
             table.add_row(escape(key), ", ".join(kinds), "")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_func._io import trainable
 from lora_func._keys import Key, group
 from lora_func._leaves import refuse_other_leaves
 from lora_func._linalg import at_least_float32
@@ -14,7 +15,6 @@ from lora_func._plan import Site, plan_of
 from lora_func._sites import dense_parameters, effective, leaves_of
 from lora_func._types import Params
 from lora_func._weight import dense, is_linear, matrix
-from lora_func.variants import by_name
 
 
 class AsLoRA(NamedTuple):
@@ -84,9 +84,7 @@ def to_lora(
             f"{worst}: a LoRA of rank {rank} misses {errors[worst]:.2e} of the change, more than "
             f"tol = {tol:g}; raise the rank or tol"
         )
-    for key, leaf in found.items():
-        leaf.requires_grad_(not key.endswith("._scale"))
-    return AsLoRA(found, errors)
+    return AsLoRA(trainable(found), errors)
 
 
 def _nearest(
@@ -164,9 +162,7 @@ def combine(terms: Sequence[tuple[Mapping[str, Tensor], float]]) -> Params:
     for site, here in sites.items():
         name, leaves = _sum(site, here)
         combined |= {str(Key(site, name, leaf)): tensor for leaf, tensor in leaves.items()}
-    for key, leaf in combined.items():
-        leaf.requires_grad_(not key.rpartition(".")[2].startswith("_"))
-    return combined
+    return trainable(combined)
 
 
 def _sum(
@@ -202,7 +198,7 @@ def _sum(
             summed[leaf] = tensor.clone()
         else:
             raise TypeError(
-                f"{site}: adapters of {by_name(name).name} with other {leaf} have no sum of the "
+                f"{site}: adapters of {name} with other {leaf} have no sum of the "
                 "same kind; make LoRAs of them with to_lora"
             )
     return name, summed

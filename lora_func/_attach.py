@@ -50,9 +50,7 @@ class Attached:
                 to merge since it has been removed.
         """
         if merge and not self._places:
-            raise ValueError(
-                "merge: the adapter has been removed; merge(model, params) has no need"
-            )
+            raise ValueError("merge: the adapter has been removed; use lora_func.merge")
         merged = {place: getattr(*place).detach().clone() for place in self._places if merge}
         self._refuse_untying(merged)
         for (module, name), order in reversed(self._places.items()):

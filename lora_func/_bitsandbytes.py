@@ -14,7 +14,7 @@ from lora_func._packed import Packed, Packed4, Packed8
 
 def is_quantised(module: nn.Module) -> bool:
     """Tell whether a module is a quantised linear layer of bitsandbytes."""
-    return _kind(module) is not None
+    return type(module) is not nn.Linear and _kind(module) is not None
 
 
 def is_packed(parameter: Tensor) -> bool:

@@ -123,8 +123,8 @@ def refuse_unfitting(
             )
 
 
-def trainable(leaves: Mapping[str, Tensor], device: str | torch.device | None) -> Params:
-    """Return leaves of a file as ``init`` would: on a device, trained ones requiring grad.
+def trainable(leaves: Mapping[str, Tensor], device: str | torch.device | None = None) -> Params:
+    """Return leaves as ``init`` would: on a device, trained ones requiring grad.
 
     Args:
         leaves: The leaves; they become the adapter's.

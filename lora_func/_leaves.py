@@ -9,7 +9,7 @@ from lora_func._keys import RANK, SHARED, Key, group, parse
 from lora_func._modules import place_of, uncompiled
 from lora_func._plan import plan_of
 from lora_func._types import Variant
-from lora_func._weight import affine, is_linear, matrix
+from lora_func._weight import Affine, affine, is_linear, matrix
 from lora_func.variants import by_name
 
 
@@ -46,7 +46,7 @@ def refuse_other_leaves(
         where = str(Key(site, name, ""))
         if variant.parameters is None:
             shared = {leaf for leaf, key in keys.items() if parse(key).site == SHARED}
-            weight = () if model is None else _shape(uncompiled(model), site)
+            weight = () if model is None else weight_at(uncompiled(model), site).weight.shape
             leading = _leading(where, variant, shapes, shared, weight)
         elif model is not None:
             module, _ = place_of(uncompiled(model), site)
@@ -59,12 +59,24 @@ def refuse_other_leaves(
     return next(iter(stacks), ())
 
 
-def _shape(model: nn.Module, site: str) -> tuple[int, ...]:
-    """(d_out, d_in) of a site's weight, or (n, d_out, d_in) of a stack of them."""
-    module, name = place_of(model, site)
+def weight_at(model: nn.Module, path: str) -> Affine:
+    """Read the weight that a path names, with its bias.
+
+    Args:
+        model: The model.
+        path: Of a linear layer, of another module that ``has_matrix``, or of a parameter.
+
+    Returns:
+        The weight, with a first axis more if it is a stack, and the bias.
+
+    Raises:
+        KeyError: If there is no such module or parameter.
+        TypeError: If it is no matrix.
+    """
+    module, name = place_of(model, path)
     if name is None and is_linear(module):
-        return affine(module, site).shape
-    return tuple(matrix(module, module._parameters, name or "weight").weight.shape)
+        return affine(module, path)
+    return matrix(module, module._parameters, name or "weight")
 
 
 def _leading_of_parameters(

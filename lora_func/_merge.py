@@ -99,7 +99,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict, dequantised, in which what was one tensor is one tensor."""
     modules = model.named_modules(remove_duplicate=False)
     quantised = {f"{path}." if path else "": m for path, m in modules if is_quantised(m)}
-    weights = {id(m): dense(affine(m, prefix)) for prefix, m in quantised.items()}
+    weights = {id(m): dense(affine(m, prefix[:-1])) for prefix, m in quantised.items()}
     copies: dict[int, Any] = {}
     state: dict[str, Any] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():

@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_func._linalg import at_least_float32
-from lora_func._modules import place_of
-from lora_func._weight import Affine, affine, dense, is_linear, matrix
+from lora_func._weight import Affine
+from lora_func.variants.dora import squared_norms
 
 Shape: TypeAlias = tuple[int, int]
 
@@ -81,8 +80,7 @@ def _scale(config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine) -
 def _of_dora(
     config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine
 ) -> dict[str, Tensor]:
-    squares = at_least_float32(dense(W)).square().sum(-1)
-    return {"_w_sqnorm": squares, **_scale(config, leaves, W)}
+    return {"_w_sqnorm": squared_norms(W), **_scale(config, leaves, W)}
 
 
 def _rank(leaf: str, axis: int) -> Callable[[Mapping[str, Tensor], Shape], dict[str, Any]]:
@@ -98,9 +96,9 @@ def _oft(leaves: Mapping[str, Tensor], shape: Shape) -> dict[str, Any]:
 
 
 def _terms(config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine) -> dict[str, Tensor]:
-    if not config.get("use_cayley_neumann"):
+    if not config["use_cayley_neumann"]:
         return {}
-    return {"_neumann": torch.ones(config.get("num_cayley_neumann_terms", 5))}
+    return {"_neumann": torch.ones(config["num_cayley_neumann_terms"])}
 
 
 def _road(kind: int) -> Format:
@@ -109,7 +107,7 @@ def _road(kind: int) -> Format:
         return {"variant": f"road_{kind}", "group_size": group_size}
 
     def ours(tensor: Tensor, config: Mapping[str, Any]) -> Tensor:
-        g = config.get("group_size", 64)
+        g = config["group_size"]
         return tensor.reshape(-1, *{1: (g // 2,), 2: (g,), 4: (2, g)}[kind])
 
     leaves = {leaf: Leaf(f"road_{leaf}", torch.Tensor.flatten, ours) for leaf in ("theta", "alpha")}
@@ -218,17 +216,3 @@ def format_of(name: str, exact: bool, embedded: bool) -> Format | None:
     if embedded:
         return EMBEDDED if name in ("lora", "eva") else None
     return found
-
-
-def weight_of(model: nn.Module, path: str) -> Affine:
-    """Read the weight of a linear layer or an embedding.
-
-    Args:
-        model: The model.
-        path: The path of the layer.
-
-    Returns:
-        The weight, of an embedding transposed, and the bias.
-    """
-    module, _ = place_of(model, path)
-    return affine(module, path) if is_linear(module) else matrix(module, module._parameters)

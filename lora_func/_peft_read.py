@@ -14,7 +14,7 @@ from lora_func._errors import AdapterFileError
 from lora_func._frozen import frozen_parameters, shared_parameters
 from lora_func._io import trainable
 from lora_func._keys import Key, parse
-from lora_func._leaves import refuse_other_leaves
+from lora_func._leaves import refuse_other_leaves, weight_at
 from lora_func._modules import place_of, uncompiled
 from lora_func._peft_formats import (
     CONFIG,
@@ -26,7 +26,6 @@ from lora_func._peft_formats import (
     WEIGHTS,
     Format,
     format_of,
-    weight_of,
 )
 from lora_func._types import Params
 
@@ -64,7 +63,7 @@ def from_peft(folder_or_id: str | PathLike[str], model: nn.Module) -> Params:
         refuse_other_leaves(params, model)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{folder}: {error.args[0]}") from error
-    return trainable(params, None)
+    return trainable(params)
 
 
 def _downloaded(folder_or_id: str | PathLike[str]) -> Path:
@@ -167,7 +166,7 @@ def _site_of(
             continue
         own = _pattern(config, found, their_path)
         leaves = {leaf: it.ours(theirs[it.name], own) for leaf, it in found.leaves.items()}
-        leaves |= found.constants(own, leaves, weight_of(model, path))
+        leaves |= found.constants(own, leaves, weight_at(model, path))
         return {str(Key(path, name, leaf)): tensor for leaf, tensor in leaves.items()}
     wanted = config.get("modules_to_save") or []
     kept = any(f".{name}." in f".{their_path}." for name in wanted)
@@ -224,7 +223,7 @@ def _candidates(config: Mapping[str, Any], path: str) -> list[str]:
             on_inputs = path.endswith(tuple(inputs))
         return ["ia3_ff" if on_inputs else "ia3"]
     if kind == "ROAD":
-        return [config.get("variant", "road_1").replace("_", "")]
+        return [config["variant"].replace("_", "")]
     return [name for name, found in FORMATS.items() if found.peft_type == kind]
 
 

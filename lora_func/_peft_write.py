@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lora_func._files import replace_file
 from lora_func._frozen import frozen_parameters, shared_parameters
 from lora_func._keys import Key, group
-from lora_func._leaves import refuse_other_leaves
+from lora_func._leaves import refuse_other_leaves, weight_at
 from lora_func._modules import place_of, uncompiled
-from lora_func._peft_formats import CONFIG, PREFIX, WEIGHTS, Format, format_of, weight_of
+from lora_func._peft_formats import CONFIG, PREFIX, WEIGHTS, Format, format_of
 from lora_func._weight import is_linear
 from lora_func.variants import by_name
 
@@ -110,7 +110,7 @@ def _sites(model: nn.Module, leaves: Mapping[str, Tensor]) -> tuple[list[_Site],
         linear = is_linear(module) and (isinstance(module, nn.Linear) or found.conv1d)
         if not linear and not embedded:
             raise TypeError(f"{path}: PEFT has no {name} for a {type(module).__name__}")
-        d_out, d_in = weight_of(model, path).shape
+        d_out, d_in = weight_at(model, path).shape
         sites.append(_Site(path, name, found, own, found.settings(own, (d_out, d_in))))
     return sites, saved | trained
 
@@ -162,7 +162,7 @@ def _config(
         inputs = [site.path for site in sites if site.variant == "ia3_ff"]
         config["feedforward_modules"] = "|".join(map(re.escape, inputs)) if inputs else []
     if peft_type == "SHIRA" and any(
-        len(site.leaves["values"]) != config["r"] * sum(weight_of(model, site.path).shape)
+        len(site.leaves["values"]) != config["r"] * sum(weight_at(model, site.path).shape)
         for site in sites
     ):
         raise ValueError(f"{paths[0]}: PEFT has r (d_out + d_in) values at each site, with one r")

@@ -140,14 +140,15 @@ def _make_plan(
         others = sites.setdefault(id(site.module()), [])
         _refuse_sharing(site, others)
         others.append(site)
-    modules = [*model.modules()]
+    named = [(path, ref(m), m) for path, m in model.named_modules()]
+    modules = [module for _, _, module in named]
     return Plan(
         structure(model),
         tuple(site for of_module in sites.values() for site in of_module),
         tuple(ref(m) for m in modules if hasattr(m, "gradient_checkpointing")),
         tuple(ref(m) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)),
-        tuple((path, ref(m)) for path, m in model.named_modules() if is_quantised(m)),
-        tuple((path, ref(m)) for path, m in model.named_modules() if is_opaque(m)),
+        tuple((path, reference) for path, reference, m in named if is_quantised(m)),
+        tuple((path, reference) for path, reference, m in named if is_opaque(m)),
         has_fast_path(model),
         {},
         tuple(ref(m, lambda _: plans.clear()) for m in modules),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_func._keys import RANK, Key, group, parse
-from lora_func._types import Params, rank_of
+from lora_func._types import Params, ranks_of
 from lora_func.variants import by_name
 
 
@@ -41,11 +41,11 @@ def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
     stacked: Params = {}
     for (site, name), keys in group(adapters[0]).items():
         variant = by_name(name)
-        ranks = [
-            rank_of(variant, {leaf: adapter[key] for leaf, key in keys.items()})
-            for adapter in adapters
-        ]
+        ranks = ranks_of(
+            variant, [{leaf: one[key] for leaf, key in keys.items()} for one in adapters]
+        )
         mixed = len({*ranks}) > 1
+        padded = variant.rank_axes if mixed else {}
         if mixed and not variant.pads:
             raise ValueError(
                 f"{site}: ranks {ranks} of {name} cannot be padded exactly; stack adapters of one "
@@ -53,8 +53,8 @@ def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
             )
         for leaf, key in keys.items():
             leaves = [adapter[key] for adapter in adapters]
-            if mixed and leaf in variant.rank_axes:
-                leaves = [_pad(tensor, variant.rank_axes[leaf], max(ranks)) for tensor in leaves]
+            if leaf in padded:
+                leaves = [_pad(tensor, padded[leaf], max(ranks)) for tensor in leaves]
             if key not in stacked:
                 stacked[key] = _stacked(key, leaves)
         if mixed:

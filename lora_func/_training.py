@@ -125,7 +125,7 @@ def load_training_state(
         ...     lf.load_training_state(f"{folder}/state").step
         7
     """
-    tensors, facts = (content := read(Path(path), _KIND)).tensors, content.facts
+    _, tensors, facts, _ = read(Path(path), _KIND)
     adapters = []
     for i, of_one in enumerate(facts["adapters"]):
         leaves = _below(tensors, f"params.{i}.")

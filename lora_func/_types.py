@@ -1,6 +1,6 @@
 """The types: the dict that is an adapter, and the tuple of functions that is a variant."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Generator, Tensor
@@ -179,8 +179,27 @@ def rank_of(variant: Variant, leaves: Mapping[str, Tensor]) -> int:
     Raises:
         ValueError: If the leaves disagree.
     """
-    axes = {leaf: axis for leaf, axis in variant.rank_axes.items() if leaf in leaves}
-    ranks = {leaf: leaves[leaf].shape[axis] for leaf, axis in axes.items()}
-    if len({*ranks.values()}) > 1:
-        raise ValueError(f"{variant.name}: leaves of one site have different ranks, {ranks}")
-    return next(iter(ranks.values()), 0)
+    (rank,) = ranks_of(variant, [leaves])
+    return rank
+
+
+def ranks_of(variant: Variant, adapters: Iterable[Mapping[str, Tensor]]) -> list[int]:
+    """Read the rank that each of several adapters has at a site.
+
+    Args:
+        variant: The site's variant.
+        adapters: Each one's leaves there.
+
+    Returns:
+        The ranks, as ``rank_of`` reads them.
+
+    Raises:
+        ValueError: If the leaves of one disagree.
+    """
+    axes, found = variant.rank_axes, []
+    for leaves in adapters:
+        ranks = {leaf: leaves[leaf].shape[axis] for leaf, axis in axes.items() if leaf in leaves}
+        if len({*ranks.values()}) > 1:
+            raise ValueError(f"{variant.name}: leaves of one site have different ranks, {ranks}")
+        found.append(next(iter(ranks.values()), 0))
+    return found

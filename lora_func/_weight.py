@@ -129,7 +129,7 @@ def affine(module: nn.Module, path: str = "") -> Affine:
     """
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
-    if type(module) is not nn.Linear and is_quantised(module):
+    if is_quantised(module):
         return Affine(packed(module, path), bias)
     weight = module.weight
     assert isinstance(weight, Tensor)

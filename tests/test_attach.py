@@ -14,9 +14,10 @@ from tests.models import batch_for, make, scramble
 from tests.quantised import make_quantised
 from tests.test_call import assert_same as assert_same_bits
 from tests.test_call import snapshot
+from tests.test_effective import TiedTwice
 from tests.test_families import EACH_FAMILY
-from tests.test_merge import close
-from tests.test_variants import adapter, each_pair
+from tests.test_merge import close, moved
+from tests.test_variants import each_pair
 
 
 def assert_same(before, model):
@@ -33,9 +34,7 @@ def new_bias(case, family):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_of_every_variant(case, family, dtype):
     """The call with, inside and without an adapter, attached and merged: one number."""
-    model = make(family, dtype).requires_grad_(False)
-    wide = torch.promote_types(dtype, torch.float32)
-    params, batch = scramble(adapter(case, model, dtype=wide)), batch_for(model)
+    model, params, batch = moved(case, family, dtype)
     expected, before = lf.fcall(model, params, batch), snapshot(model)
     trained = [*lf.partition(params)[0].values()]
     theirs = torch.autograd.grad(expected, trained)
@@ -129,19 +128,9 @@ def test_the_base_is_frozen_meanwhile():
     assert [p.requires_grad for p in model.parameters()] == wanted
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        return self.head(self.embed(ids))
-
-
 def test_two_adapters_of_one_tied_parameter():
     """One everywhere, one at one of its places: it runs, and no state dict has names for both."""
-    model, ids = Tied().requires_grad_(False), torch.arange(3)
+    model, ids = TiedTwice().requires_grad_(False), torch.arange(3)
     cfg = lf.LoRA(r=2, target_modules="head", target_parameters=r"^embed\.weight")
     params = scramble(lf.init(model, cfg))
     with pytest.raises(ValueError, match=r"adapts the parameter that .* adapts, which is tied"):

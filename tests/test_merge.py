@@ -32,12 +32,17 @@ def loaded(model, state):
     return model
 
 
+def moved(case, family, dtype):
+    """A model, an adapter away from its start, and a batch."""
+    model = make(family, dtype).requires_grad_(False)
+    wide = torch.promote_types(dtype, torch.float32)
+    return model, scramble(adapter(case, model, dtype=wide)), batch_for(model)
+
+
 @each_pair(lambda case: case.name != "ssteer-add")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_of_every_variant(case, family, dtype):
-    model = make(family, dtype).requires_grad_(False)
-    wide = torch.promote_types(dtype, torch.float32)
-    params, batch = scramble(adapter(case, model, dtype=wide)), batch_for(model)
+    model, params, batch = moved(case, family, dtype)
     before = snapshot(model)
     state = lf.merge(model, params)
     assert_same(before, model)

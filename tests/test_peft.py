@@ -108,17 +108,23 @@ PEFT = {
 }
 
 
-@pytest.mark.parametrize("name", PEFT)
-def test_we_load_pefts(name, tmp_path):
+def saved_by_peft(config, folder, **settings):
+    """PEFT's own model, whose adapter has moved, and a checkpoint of it."""
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(make("qwen3"), PEFT[name]).eval()
+        theirs = peft.get_peft_model(make("qwen3", **settings), config).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
                 if parameter.requires_grad:
                     parameter += 0.05 * torch.randn_like(parameter)
-        theirs.save_pretrained(tmp_path)
+        theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_we_load_pefts(name, tmp_path):
+    theirs = saved_by_peft(PEFT[name], tmp_path)
     model, batch = make("qwen3").requires_grad_(False), batch_for(theirs)
     expected = logits(theirs, batch)
     params = from_peft(tmp_path, model)
@@ -154,10 +160,7 @@ def test_trained_modules_beside(family, tmp_path):
 
 def test_an_embedding_of_another_base(tmp_path):
     """PEFT writes the weight of an adapted embedding beside the adapter."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(make("qwen3"), PEFT["embedding"])
-        theirs.save_pretrained(tmp_path)
+    saved_by_peft(PEFT["embedding"], tmp_path)
     model = make("qwen3").requires_grad_(False)
     model.model.embed_tokens.weight[3, 3] += 1
     with pytest.raises(lf.AdapterFileError, match=r"embed_tokens\.weight: the checkpoint brings"):
@@ -211,16 +214,8 @@ def test_trained_parameters_that_are_tied(name, tmp_path):
     again = from_peft(tmp_path / "ours", model)
     assert all(torch.equal(again[key], leaf) for key, leaf in params.items())
 
-    torch.manual_seed(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name])
-        theirs = peft.get_peft_model(make("qwen3", **TIED), config)
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn_like(parameter)
-        theirs.save_pretrained(tmp_path / "theirs")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name])
+    saved_by_peft(config, tmp_path / "theirs", **TIED)
     with pytest.raises(lf.AdapterFileError, match=r"is tied in the model.*untie them in the model"):
         from_peft(tmp_path / "theirs", model)
 
@@ -252,16 +247,8 @@ def test_gains_of_a_score(side, tmp_path):
 
 
 def test_a_module_to_save_with_others_inside(tmp_path):
-    torch.manual_seed(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"])
-        theirs = peft.get_peft_model(make("qwen3"), config).eval()
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn_like(parameter)
-        theirs.save_pretrained(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"])
+    theirs = saved_by_peft(config, tmp_path)
     model, batch = make("qwen3").requires_grad_(False), batch_for(theirs)
     close(ours(model, from_peft(tmp_path, model), batch), logits(theirs, batch))
 

@@ -52,7 +52,7 @@ def init(W: Weight, cfg: DoRA, generator: Generator, stats: None = None) -> dict
     """
     d_out, d_in = W.shape
     refuse_rank_above(cfg.r, (d_out, d_in))
-    squares = at_least_float32(dense(W)).square().sum(-1)
+    squares = squared_norms(W)
     return {
         "A": kaiming_uniform(cfg.r, d_in, generator),
         "B": torch.zeros(d_out, cfg.r),
@@ -60,6 +60,15 @@ def init(W: Weight, cfg: DoRA, generator: Generator, stats: None = None) -> dict
         "_w_sqnorm": squares,
         "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
     }
+
+
+def squared_norms(W: Weight) -> Tensor:
+    """Measure the rows of W.
+
+    Returns:
+        Shape (d_out,), float32 or better.
+    """
+    return at_least_float32(dense(W)).square().sum(-1)
 
 
 def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
