@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lora_func._batch import LossFn, arguments, result
 from lora_func._bitsandbytes import is_quantised
 from lora_func._config import AdapterConfig
-from lora_func._frozen import Forward, other_forward
+from lora_func._frozen import Forward, other_forward, run_base
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import quiet_slots
 from lora_func._slots import Put, Slot
@@ -135,18 +135,15 @@ class _Gather:
             if path in self.observers:
                 yield other_forward(module, path, partial(_watching, path, see))
             elif is_quantised(module):
-                yield other_forward(module, path)
+                yield other_forward(module, path, run_base)
 
 
-def _watching(site: str, see: See, frozen: Forward) -> Forward:
-    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        (x,) = (*args, *kwargs.values())
-        y: Tensor = frozen(x)
-        with torch.autocast(x.device.type, enabled=False):
-            replaced = see(site, x, y)
-        return y if replaced is None else replaced
-
-    return forward
+def _watching(site: str, see: See, frozen: Forward, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    (x,) = (*args, *kwargs.values())
+    y: Tensor = frozen(x)
+    with torch.autocast(x.device.type, enabled=False):
+        replaced = see(site, x, y)
+    return y if replaced is None else replaced
 
 
 def _version(x: Tensor) -> int:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unfl
 from lora_func._batch import LossFn, arguments, result
 from lora_func._errors import FoldError
 from lora_func._losses import is_split
-from lora_func._trees import stacked, tensors_of
+from lora_func._trees import stacked, tensors_of, unstacked
 
 
 def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
@@ -114,8 +114,8 @@ def results(
     if loss_fn is None:
         return unfold(result(output, batch, None), adapters, rows, loss)
     output = unfold(output, adapters, rows, loss)
-    each = [loss_fn(of_adapter(output, k), batch_of(batch, batched, k)) for k in range(adapters)]
-    return stacked(each)
+    outputs = unstacked(output, adapters)
+    return stacked([loss_fn(own, batch_of(batch, batched, k)) for k, own in enumerate(outputs)])
 
 
 def unfold(output: Any, adapters: int, rows: int, loss: Tensor | None) -> Any:

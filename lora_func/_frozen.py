@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from lora_func._bitsandbytes import is_quantised
@@ -14,9 +13,6 @@ from lora_func._slots import Slot
 from lora_func._weight import affine, linear
 
 Forward: TypeAlias = Callable[..., Any]
-
-FROZEN = "_lora_func_frozen"
-"""Where a forward of ours keeps the one whose place it takes."""
 
 
 class Watched(dict[str, Tensor]):
@@ -74,16 +70,34 @@ def refuse_unused(unused: Iterable[set[str] | None]) -> None:
         )
 
 
-def other_forward(
-    module: nn.Module, path: str, make: Callable[[Forward], Forward] = lambda frozen: frozen
-) -> Slot:
+class OtherForward:
+    """What a module runs in the place of its own forward.
+
+    Attributes:
+        frozen: What stood in that place.
+        base: What the module runs without an adapter: the same, but for a quantised layer.
+        run: Called with base and with what the module is called with.
+    """
+
+    __slots__ = ("base", "frozen", "run")
+
+    def __init__(self, frozen: Forward, base: Forward, run: Callable[..., Any]) -> None:
+        self.frozen = frozen
+        self.base = base
+        self.run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.base, *args, **kwargs)
+
+
+def other_forward(module: nn.Module, path: str, run: Callable[..., Any]) -> Slot:
     """Say what to write where so that a module runs another forward.
 
     Args:
         module: The module.
         path: Its path, for messages.
-        make: Given what the module runs without an adapter, makes the other; as it is, that is
-            another for a quantised layer alone.
+        run: What it runs; called with what the module runs without an adapter, and then with what
+            the module is called with.
 
     Returns:
         The slot.
@@ -91,27 +105,28 @@ def other_forward(
     Raises:
         TypeError: If the user's own function stands there.
     """
-    slot = forward_slot(module)
-    frozen = _frozen_forward(module, slot, path)
-    forward = make(partial(_run_quantised, path, module) if is_quantised(module) else frozen)
-    if not torch.compiler.is_compiling():
-        setattr(forward, FROZEN, frozen)
-    return vars(module), slot, forward
-
-
-def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:
-    return linear(x, affine(module, path))
-
-
-def _frozen_forward(module: nn.Module, slot: str, path: str) -> Forward:
-    found: Forward = getattr(module, slot)
-    frozen: Forward | None = getattr(found, FROZEN, None)
-    if frozen is None and slot == "forward" and slot in vars(module):
+    own, slot = vars(module), forward_slot(module)
+    found = own.get(slot)
+    if found is None:
+        found = module.forward
+    elif isinstance(found, OtherForward):
+        found = found.frozen
+    elif slot == "forward":
         raise TypeError(
             f"{path}: its forward was replaced on the instance, by {found!r}, which would be "
             "bypassed; remove that, or leave an adapted site out of the adapter"
         )
-    return found if frozen is None else frozen
+    base = partial(_run_quantised, path, module) if is_quantised(module) else found
+    return own, slot, OtherForward(found, base, run)
+
+
+def run_base(base: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run what the module runs without an adapter."""
+    return base(*args, **kwargs)
+
+
+def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:
+    return linear(x, affine(module, path))
 
 
 def frozen_parameters(module: nn.Module) -> Mapping[str, Tensor]:

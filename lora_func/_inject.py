@@ -1,7 +1,7 @@
 """Putting adapters into a live model for the length of a call, and taking them out again."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_func._checkpoint import intercepted
-from lora_func._frozen import Forward, frozen_parameters, other_forward
+from lora_func._frozen import Forward, frozen_parameters, other_forward, run_base
 from lora_func._losses import losses_apart
-from lora_func._modules import (
-    PartOfCall,
-    identities,
-    named_parameters,
-    structure,
-    uncompiled,
-)
+from lora_func._modules import PartOfCall, named_parameters, uncompiled
 from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
-from lora_func._rows import Part, Rows, folded_forward, untouched_forward
+from lora_func._rows import Part, Rows, run_parts, untouched
 from lora_func._running import Run, refuse_others, running
 from lora_func._sites import Replacement, leaves_of, parameter_slots, replacements, run_sites
 from lora_func._slots import Put, Slot
@@ -72,14 +66,7 @@ class Injection:
         """Return the part that goes into one module of the model; None is all."""
         if module is None:
             return self
-        inside = identities(structure(module))
-        plans = tuple(
-            plan._replace(
-                sites=tuple(s for s in plan.sites if id(s.module()) in inside),
-                quantised=tuple(q for q in plan.quantised if id(q[1]()) in inside),
-            )
-            for plan in self.plans
-        )
+        plans = tuple(plan.inside(module) for plan in self.plans)
         adapters = tuple(
             {key: adapter[key] for site in plan.sites for key in site.keys.values()}
             for plan, adapter in zip(plans, self.adapters, strict=True)
@@ -122,10 +109,9 @@ class Injection:
 
     def _exclusive_slots(self) -> Iterator[Slot]:
         mine = object()
-        others = {id(site.module()) for plan in self.plans for site in plan.sites}
-        others |= {id(module()) for _, module in self.plans[0].quantised}
-        modules = identities(self.plans[0].structure)
-        run = Run(frozenset(others), modules, self.origin, self, threading.get_ident())
+        changed = frozenset[int]().union(*(plan.changed for plan in self.plans))
+        modules = self.plans[0].structure.identities
+        run = Run(changed, modules, self.origin, self, threading.get_ident())
         yield running, mine, run
         refuse_others(mine)
         yield from self._slots()
@@ -133,61 +119,57 @@ class Injection:
             yield from transformable(self.model)
 
     def _slots(self) -> Iterator[Slot]:
-        adapted = {id(module): (module, sites) for module, sites in self._sites_by_module()}
-        for module, sites in adapted.values():
-            path = _paths(sites)
-            yield other_forward(module, path, partial(self._forward, path, module, sites))
+        adapted = set()
+        for module, path, sites in self._sites_by_module():
+            adapted.add(id(module))
+            yield other_forward(module, path, partial(self._run, module, sites))
         for path, reference in self.plans[0].quantised:
             frozen = reference()
             if frozen is not None and id(frozen) not in adapted:
-                yield other_forward(frozen, path, partial(self._untouched, path, frozen))
+                run = run_base if self.rows is None else partial(untouched, path, frozen, self.rows)
+                yield other_forward(frozen, path, run)
         yield from parameter_slots(self.replaced, self.unused[0])
 
-    def _sites_by_module(self) -> Iterator[tuple[nn.Module, list[list[Site]]]]:
-        """The modules that run another forward, each with every adapter's sites there."""
-        found: dict[int, tuple[nn.Module, list[list[Site]]]] = {}
+    def _sites_by_module(self) -> Iterable[tuple[nn.Module, str, list[Sequence[Site]]]]:
+        """The modules that run another forward, with their paths and every adapter's sites."""
+        found: dict[int, tuple[nn.Module, str, list[Sequence[Site]]]] = {}
         for i, plan in enumerate(self.plans):
-            for site in plan.sites:
-                module = site.module()
+            for group in plan.groups:
+                module = group[0].module()
                 assert module is not None
-                if self.rows is not None or not site.everywhere:
-                    here = found.setdefault(id(module), (module, [[] for _ in self.plans]))
-                    here[1][i].append(site)
-        yield from found.values()
+                if self.rows is not None or not group[0].everywhere:
+                    nobody: list[Sequence[Site]] = [()] * len(self.plans)
+                    here = found.setdefault(id(module), (module, group[0].path, nobody))
+                    here[2][i] = group
+        return found.values()
 
-    def _untouched(self, path: str, module: nn.Module, frozen: Forward) -> Forward:
-        return frozen if self.rows is None else untouched_forward(path, module, frozen, self.rows)
-
-    def _forward(
-        self, path: str, module: nn.Module, sites: Sequence[Sequence[Site]], frozen: Forward
-    ) -> Forward:
-        run: Forward
-        if self.rows is None:
-            leaves = [leaves_of(site, self.adapters[0], self.unused[0]) for site in sites[0]]
-            run = partial(run_sites, sites[0], module, frozen, leaves)
-        else:
-            keys = [[key for site in here for key in site.keys.values()] for here in sites]
+    def _run(
+        self,
+        module: nn.Module,
+        sites: Sequence[Sequence[Site]],
+        base: Forward,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        try:
+            if self.rows is None:
+                leaves = [leaves_of(site, self.adapters[0], self.unused[0]) for site in sites[0]]
+                return run_sites(sites[0], module, base, leaves, *args, **kwargs)
             parts = [
-                Part(size, here, {key: adapter[key] for key in of_it}, unread)
-                for size, here, of_it, adapter, unread in zip(
-                    self.rows.sizes, sites, keys, self.adapters, self.unused, strict=True
+                Part(size, here, adapter, unread)
+                for size, here, adapter, unread in zip(
+                    self.rows.sizes, sites, self.adapters, self.unused, strict=True
                 )
             ]
-            run = folded_forward(path, module, frozen, self.rows, parts)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return run(*args, **kwargs)
-            except Exception as error:
-                variants = {site.variant.name: None for here in sites for site in here}
-                error.add_note(f"in the {', '.join(variants)} adapter of {path!r}")
-                raise
-
-        return forward
+            return run_parts(_path(sites), module, base, self.rows, parts, args, kwargs)
+        except Exception as error:
+            variants = {site.variant.name: None for here in sites for site in here}
+            error.add_note(f"in the {', '.join(variants)} adapter of {_path(sites)!r}")
+            raise
 
 
-def _paths(sites: Sequence[Sequence[Site]]) -> str:
-    return ", ".join(dict.fromkeys(site.path for here in sites for site in here))
+def _path(sites: Sequence[Sequence[Site]]) -> str:
+    return ", ".join({site.path: None for here in sites for site in here})
 
 
 def injection(
@@ -222,15 +204,18 @@ def injection(
     refuse_untransformable(plans[0])
     replaced = _replaced(model, plans, adapters, rows)
     taken = {id(frozen_parameters(r.module)[name]) for r in replaced for name in r.new}
-    frozen = {
-        name: parameter
-        for name, parameter in named_parameters(model)
-        if detached and parameter.requires_grad and id(parameter) not in taken
-    }
+    compiling = torch.compiler.is_compiling()
+    frozen = {}
+    if detached and (compiling or plans[0].structure.requires_grad()):
+        frozen = {
+            name: parameter
+            for name, parameter in named_parameters(model)
+            if parameter.requires_grad and id(parameter) not in taken
+        }
     unused: tuple[set[str] | None, ...] = (None,) * len(plans)
     settings: tuple[WhileNeeded, ...] = ()
-    if not torch.compiler.is_compiling():
-        unused = tuple({key for site in p.sites for key in site.keys.values()} for p in plans)
+    if not compiling:
+        unused = tuple(set(plan.keys) for plan in plans)
         settings = (intercepted, *settings_now(plans[0].fast_path))
         settings += () if rows is None else (losses_apart,)
         origin = origin or object()

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import einsum
 from torch import Generator, Tensor
 
@@ -17,9 +18,10 @@ def at_least_float32(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def without_autocast(t: Tensor) -> torch.autocast:
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the dtype of their operands."""
-    return torch.autocast(t.device.type, enabled=False)
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
@@ -33,21 +35,23 @@ def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
     return drawn.uniform_(-bound, bound, generator=generator)
 
 
-def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """Compute ``x Aᵀ (s B)ᵀ`` in the dtype of x, never through the matrix B A.
-
-    The scale goes into B in the leaves' dtype: on the activations it could overflow in float16.
+def scaled(B: Tensor, scale: Tensor) -> Tensor:
+    """Multiply by a scale, where it is precise: on the activations it could overflow in float16.
 
     Args:
-        x: Shape (..., d_in).
-        A: Shape (r, d_in).
-        B: Shape (d_out, r).
-        scale: ``s``, 0-d.
+        B: Shape (..., d_out, r).
+        scale: The factor of each matrix, shape (...).
 
     Returns:
-        Shape (..., d_out).
+        The shape and dtype of B.
     """
-    return F.linear(F.linear(x, A.to(x.dtype)), (B * scale.to(B.dtype)).to(x.dtype))
+    scale = scale.to(B.dtype)
+    return B * (scale[..., None, None] if scale.ndim else scale)
+
+
+def along_rows(leaf: Tensor) -> Tensor:
+    """Lay a leaf (d,), or (K, d) of K adapters, along the rows of activations (..., d)."""
+    return leaf if leaf.ndim == 1 else leaf[:, None]
 
 
 def low_rank_norm(A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
@@ -134,10 +138,9 @@ def skew(upper: Tensor) -> Tensor:
     """
     size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
-    place = torch.zeros(size, size, dtype=torch.long, device=upper.device)
-    place = place.index_put((rows, columns), 1 + torch.arange(len(rows), device=upper.device))
-    padded = torch.cat([upper.new_zeros(*upper.shape[:-1], 1), upper], -1)
-    T = padded[..., place]
+    places = (rows * size + columns).expand(upper.shape)
+    flat = upper.new_zeros(*upper.shape[:-1], size * size).scatter(-1, places, upper)
+    T = flat.view(*upper.shape[:-1], size, size)
     return T - T.mT
 
 
@@ -150,9 +153,44 @@ def cayley(X: Tensor) -> Tensor:
     Returns:
         Shape (..., b, b).
     """
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    E: Tensor = torch.linalg.solve(eye - X, 2 * X)
+    if torch.compiler.is_compiling():
+        return _Cayley.forward(X)
+    E: Tensor = _Cayley.apply(X)  # type: ignore[no-untyped-call]
     return E
+
+
+class _Cayley(torch.autograd.Function):
+    """Derivatives without another solve: ``(I - X)⁻¹ = I + E / 2``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(X: Tensor) -> Tensor:
+        eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+        E: Tensor = torch.linalg.solve(eye - X, 2 * X)
+        return E
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (E,) = ctx.saved_tensors
+        return _around(E.mT, gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (E,) = ctx.saved_tensors
+        return _around(E, tangent)
+
+
+def _around(E: Tensor, middle: Tensor) -> Tensor:
+    """``2 (I + E / 2) middle (I + E / 2)``."""
+    with without_autocast(E):
+        left = 2 * middle + E @ middle
+        return left + left @ E / 2
 
 
 def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:
@@ -166,6 +204,5 @@ def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:
         ``x_block @ E_block``, shape (..., blocks * b), in the dtype of x.
     """
     blocks, b, _ = E.shape
-    split = x.reshape(*x.shape[:-1], blocks, b)
-    rotated: Tensor = einsum(split, E.to(x.dtype), "... n i, n i j -> ... n j")
-    return rotated.flatten(-2)
+    split = x.reshape(-1, blocks, b).transpose(0, 1)
+    return (split @ E.to(x.dtype)).transpose(0, 1).reshape(x.shape)

@@ -51,8 +51,9 @@ def _split(loss: Loss, adapters: int, args: Sequence[Any], kwargs: Mapping[str, 
     elif not rest and weight is not None:
         settings["weight"] = weight
     share = rows[0] // adapters
-    pieces = [value.reshape(adapters, share, *value.shape[1:]) for value in given]
-    each = [loss(*(piece[k] for piece in pieces), *rest, **settings) for k in range(adapters)]
+    # indexing K times would give K gradients of the size of all
+    pieces = [value.reshape(adapters, share, *value.shape[1:]).unbind() for value in given]
+    each = [loss(*piece, *rest, **settings) for piece in zip(*pieces, strict=True)]
     split = torch.stack(each)
     if not torch.compiler.is_compiling():
         setattr(split, _MARK, True)

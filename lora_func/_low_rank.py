@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lora_func._linalg import low_rank, low_rank_norm
-from lora_func._weight import Weight, dense, linear
+from lora_func._linalg import low_rank_norm, scaled
+from lora_func._products import beside
+from lora_func._weight import Weight, dense
 
 LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": ""}
 """The leaves."""
@@ -17,7 +18,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return linear(x, W) + low_rank(x, params["A"], params["B"], params["_scale"])
+    return beside(x, W, params["A"], scaled(params["B"], params["_scale"]))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

@@ -1,12 +1,10 @@
 """Walking through a model."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
+from weakref import ref
 
 from torch import Tensor, nn
-
-Structure: TypeAlias = tuple[tuple[str, int], ...]
-"""Name and id of each module of a model, in order."""
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -69,27 +67,56 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield prefix + name, parameter
 
 
-def structure(model: nn.Module) -> Structure:
-    """Return what two models share if the same modules stand in the same places.
+class Structure(NamedTuple):
+    """The modules of a model as they stood.
+
+    Attributes:
+        identities: The ids of all.
+        places: Each module, weakly, with the names and the ids of its children.
+    """
+
+    identities: frozenset[int]
+    places: tuple[tuple[Callable[[], nn.Module | None], tuple[str, ...], tuple[int, ...]], ...]
+
+    def holds(self) -> bool:
+        """Tell whether the same modules stand in the same places, much faster than a walk."""
+        for reference, names, ids in self.places:
+            children = getattr(reference(), "_modules", None)
+            if children is None or len(children) != len(names):
+                return False
+            if names and ((*children,) != names or (*map(id, children.values()),) != ids):
+                return False
+        return True
+
+    def requires_grad(self) -> bool:
+        """Tell whether a parameter of any of the modules requires grad."""
+        modules = [module for reference, _, _ in self.places if (module := reference())]
+        parameters = [p for module in modules for p in module._parameters.values()]
+        return any(p.requires_grad for p in parameters if p is not None)
+
+
+def structure(model: nn.Module, forget: Callable[[object], None] | None = None) -> Structure:
+    """Read the structure of a model.
 
     Args:
         model: The model.
+        forget: Called when one of its modules is gone: another may come to stand at the same place
+            in memory.
 
     Returns:
-        The name and id of each module, at a fraction of the cost of ``named_modules()``.
+        The structure.
     """
-    places: list[tuple[str, int]] = []
-    known: set[int] = set()
-    pending = [("", model)]
-    while pending:
-        name, module = pending.pop()
-        places.append((name, id(module)))
-        if id(module) not in known:
-            known.add(id(module))
-            pending.extend((n, m) for n, m in module._modules.items() if m is not None)
-    return tuple(places)
+    places = tuple(
+        (
+            ref(module, forget),
+            tuple(module._modules),
+            tuple(id(child) for child in module._modules.values()),
+        )
+        for module in model.modules()
+    )
+    return Structure(identities(model), places)
 
 
-def identities(places: Structure) -> frozenset[int]:
-    """Return the ids of the modules alone."""
-    return frozenset(module for _, module in places)
+def identities(model: nn.Module) -> frozenset[int]:
+    """Return the ids of a model's modules."""
+    return frozenset(map(id, model.modules()))

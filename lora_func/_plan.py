@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_func._bitsandbytes import is_opaque, is_quantised
 from lora_func._keys import RANK, group
-from lora_func._modules import Structure, place_of, structure
+from lora_func._modules import Structure, identities, place_of, structure
 from lora_func._transforms import has_fast_path, transformed
 from lora_func._types import Variant
 from lora_func._weight import bias_name, has_matrix, is_linear, refuse_computed
@@ -49,6 +49,9 @@ class Plan(NamedTuple):
     Attributes:
         structure: The modules of the model when the plan was made.
         sites: The adapted modules and parameters.
+        groups: The same, module by module.
+        keys: Their keys.
+        changed: The ids of the modules that run another forward or have other parameters.
         checkpoints: The modules that can recompute their part of the model in the backward pass,
             weakly.
         norms: The modules that can take statistics over the batch, weakly.
@@ -57,19 +60,29 @@ class Plan(NamedTuple):
         fast_path: Whether the model has layers with a fused inference kernel.
         folds: What the first fold of this layout with others showed: why they cannot share a call,
             or None.
-        alive: References that forget the model's plans when one of its modules is gone: another may
-            come to stand at the same place in memory.
     """
 
     structure: Structure
     sites: tuple[Site, ...]
+    groups: tuple[tuple[Site, ...], ...]
+    keys: frozenset[str]
+    changed: frozenset[int]
     checkpoints: tuple[Callable[[], nn.Module | None], ...]
     norms: tuple[Callable[[], nn.Module | None], ...]
     quantised: tuple[tuple[str, Callable[[], nn.Module | None]], ...]
     opaque: tuple[tuple[str, Callable[[], nn.Module | None]], ...]
     fast_path: bool
     folds: dict[Any, str | None]
-    alive: tuple[Callable[[], nn.Module | None], ...]
+
+    def inside(self, module: nn.Module) -> "Plan":
+        """Return the part that goes into one module of the model."""
+        within = identities(module)
+        return self._replace(
+            sites=tuple(site for site in self.sites if id(site.module()) in within),
+            groups=tuple(group for group in self.groups if id(group[0].module()) in within),
+            changed=self.changed & within,
+            quantised=tuple(q for q in self.quantised if id(q[1]()) in within),
+        )
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Plan]] = WeakKeyDictionary()
@@ -95,7 +108,7 @@ def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
     plans = _plans.setdefault(model, {})
     keys = tuple(params)
     plan = plans.get(keys)
-    if plan is None or plan.structure != structure(model):
+    if plan is None or not plan.structure.holds():
         plan = plans[keys] = _make_plan(model, params, plans)
     return plan
 
@@ -133,25 +146,28 @@ def refuse_untransformable(plan: Plan) -> None:
 def _make_plan(
     model: nn.Module, params: Mapping[str, Tensor], plans: dict[tuple[str, ...], Plan]
 ) -> Plan:
-    sites: dict[int, list[Site]] = {}
+    groups: dict[int, list[Site]] = {}
     for (path, variant_name), keys in group(params).items():
         keys.pop(RANK, None)
         site = _site(model, path, by_name(variant_name), keys)
-        others = sites.setdefault(id(site.module()), [])
+        others = groups.setdefault(id(site.module()), [])
         _refuse_sharing(site, others)
         others.append(site)
     named = [(path, ref(m), m) for path, m in model.named_modules()]
     modules = [module for _, _, module in named]
+    sites = tuple(site for group in groups.values() for site in group)
     return Plan(
-        structure(model),
-        tuple(site for of_module in sites.values() for site in of_module),
+        structure(model, lambda _: plans.clear()),
+        sites,
+        tuple(map(tuple, groups.values())),
+        frozenset(key for site in sites for key in site.keys.values()),
+        frozenset(groups) | {id(module) for module in modules if is_quantised(module)},
         tuple(ref(m) for m in modules if hasattr(m, "gradient_checkpointing")),
         tuple(ref(m) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)),
         tuple((path, reference) for path, reference, m in named if is_quantised(m)),
         tuple((path, reference) for path, reference, m in named if is_opaque(m)),
         has_fast_path(model),
         {},
-        tuple(ref(m, lambda _: plans.clear()) for m in modules),
     )
 
 

@@ -14,6 +14,7 @@ from lora_func._plan import Site
 from lora_func._selection import refuse_selected
 from lora_func._sites import leaves_of, run_sites, runs_apply
 from lora_func._trees import joined, tensors_of
+from lora_func._weight import affine
 
 
 class Rows(NamedTuple):
@@ -39,7 +40,7 @@ class Part(NamedTuple):
     Attributes:
         size: The number of its adapters.
         sites: Its sites there; none if it leaves the module as it is.
-        params: What it has there, (size, ...) each.
+        params: The stack, (size, ...) each.
         unused: Its keys, of which those here are struck off when the module runs.
     """
 
@@ -49,59 +50,66 @@ class Part(NamedTuple):
     unused: set[str] | None
 
 
-def folded_forward(
-    path: str, module: nn.Module, frozen: Forward, rows: Rows, parts: Sequence[Part]
-) -> Forward:
-    """Make the forward of a module that several adapters share.
+def run_parts(
+    path: str,
+    module: nn.Module,
+    frozen: Forward,
+    rows: Rows,
+    parts: Sequence[Part],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a module that several adapters share.
 
     Args:
         path: The module's path, for messages.
         module: The module.
-        frozen: Its own forward.
+        frozen: What it runs without an adapter.
         rows: Whose rows are whose.
         parts: What each stack does there.
+        args: What the module is called with; every tensor has its rows first.
+        kwargs: The same.
 
     Returns:
-        A function of what the module is called with, all tensors of which have their rows first.
+        What the adapted module gives.
+
+    Raises:
+        FoldError: If the rows cannot be told apart.
     """
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        values, layout = tree_flatten((args, kwargs))
-        refuse_selected(path, values)
-        places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
-        share = _rows_of_one(path, [values[i] for i in places], rows)
-        sizes = [part.size * share for part in parts]
-        pieces = {i: values[i].split(sizes) for i in places}
-        outputs = []
-        for j, part in enumerate(parts):
-            mine = [pieces[i][j] if i in pieces else value for i, value in enumerate(values)]
-            outputs.append(_run_part(path, part, module, frozen, share, mine, layout))
-        return _joined(outputs)
-
-    return forward
+    values, layout = tree_flatten((args, kwargs))
+    refuse_selected(path, values)
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
+    share = _rows_of_one(path, [values[i] for i in places], rows)
+    sizes = [part.size * share for part in parts]
+    pieces = {i: values[i].split(sizes) for i in places} if len(parts) > 1 else {}
+    outputs = []
+    for j, part in enumerate(parts):
+        mine = [pieces[i][j] if i in pieces else value for i, value in enumerate(values)]
+        outputs.append(_run_part(path, part, module, frozen, share, mine, layout))
+    return _joined(outputs)
 
 
-def untouched_forward(path: str, module: nn.Module, frozen: Forward, rows: Rows) -> Forward:
-    """Make the forward of a quantised module that several adapters run through and none changes.
+def untouched(
+    path: str, module: nn.Module, rows: Rows, frozen: Forward, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a quantised module that several adapters run through and none changes.
 
     Args:
         path: The module's path, for messages.
         module: The module.
-        frozen: Its own forward.
         rows: Whose rows are whose.
+        frozen: What it runs without an adapter.
+        *args: What the module is called with.
+        **kwargs: The same.
 
     Returns:
-        A function of what the module is called with.
+        What it gives.
     """
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        (x,) = (*args, *kwargs.values())
-        shared = not x.ndim or x.shape[0] % max(rows.adapters * rows.batch, 1)
-        if shared or not mixes_rows(module, path):
-            return frozen(x)
-        return torch.vmap(frozen)(x.unflatten(0, (rows.adapters, -1))).flatten(0, 1)
-
-    return forward
+    (x,) = (*args, *kwargs.values())
+    shared = not x.ndim or x.shape[0] % max(rows.adapters * rows.batch, 1)
+    if shared or not mixes_rows(module, path):
+        return frozen(x)
+    return torch.vmap(frozen)(x.unflatten(0, (rows.adapters, -1))).flatten(0, 1)
 
 
 def _rows_of_one(path: str, tensors: Sequence[Tensor], rows: Rows) -> int:
@@ -129,6 +137,9 @@ def _run_part(
     if not part.sites and not mixes_rows(module, path):
         args, kwargs = tree_unflatten(values, layout)
         return frozen(*args, **kwargs)
+    params = {key: part.params[key] for site in part.sites for key in site.keys.values()}
+    if part.unused is not None:
+        part.unused.difference_update(params)
 
     def one(params: Mapping[str, Tensor], *values: Any) -> Any:
         args, kwargs = tree_unflatten([*values], layout)
@@ -137,19 +148,30 @@ def _run_part(
         leaves = [leaves_of(site, params) for site in part.sites]
         return run_sites(part.sites, module, frozen, leaves, *args, **kwargs)
 
-    if part.unused is not None:
-        part.unused.difference_update(part.params)
     if not part.sites or runs_apply(part.sites, module):
         (x,) = values
-        y = torch.vmap(one, randomness="different")(part.params, x.unflatten(0, (part.size, share)))
+        if (
+            x.ndim > 1
+            and all(s.variant.stacks for s in part.sites)
+            and not mixes_rows(module, path)
+        ):
+            return _run_stack(part, module, x)
+        y = torch.vmap(one, randomness="different")(params, x.unflatten(0, (part.size, share)))
         assert isinstance(y, Tensor)
         return y.flatten(0, 1)
     outputs = []
     for k in range(part.size):
         rows = slice(k * share, (k + 1) * share)
         mine = [v[rows] if isinstance(v, Tensor) and v.ndim else v for v in values]
-        outputs.append(one({key: stack[k] for key, stack in part.params.items()}, *mine))
+        outputs.append(one({key: stack[k] for key, stack in params.items()}, *mine))
     return _joined(outputs)
+
+
+def _run_stack(part: Part, module: nn.Module, x: Tensor) -> Tensor:
+    (site,) = part.sites
+    rows = x.reshape(part.size, -1 if x.numel() else 0, x.shape[-1])
+    y = site.variant.apply(affine(module, site.path), leaves_of(site, part.params), rows)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _joined(pieces: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_func._bitsandbytes import is_state
 from lora_func._errors import BusyModelError
-from lora_func._modules import identities, structure
+from lora_func._modules import identities
 from lora_func._slots import Slot
 
 
@@ -106,7 +106,7 @@ def quiet_slots(model: nn.Module, origin: object) -> Iterator[Slot]:
     Yields:
         Slots. Whoever runs the model gets a ``BusyModelError`` before its mode is changed.
     """
-    token, modules = object(), identities(structure(model))
+    token, modules = object(), identities(model)
     yield running, token, Run(modules, modules, origin)
     refuse_others(token)
     yield from ((vars(module), "training", False) for module in model.modules())
@@ -122,7 +122,7 @@ def refuse_running(model: nn.Module, reason: str) -> None:
     Raises:
         BusyModelError: If it is.
     """
-    itself = Run(frozenset(), identities(structure(model)), None)
+    itself = Run(frozenset(), identities(model), None)
     if any(run.disturbs(itself) for run in [*running.values()]):
         raise BusyModelError(f"{type(model).__name__}: is running with an adapter; {reason}")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -16,6 +16,13 @@ def tensors_of(tree: Any) -> list[Tensor]:
 def stacked(trees: Sequence[Any]) -> Any:
     """Stack the tensors of trees that are alike; what is no tensor comes from the first."""
     return _over_tensors(torch.stack, trees)
+
+
+def unstacked(tree: Any, size: int) -> list[Any]:
+    """Undo ``stacked``; indexing would give a gradient of the size of all for each of them."""
+    leaves, layout = tree_flatten(tree)
+    parts = [leaf.unbind() if isinstance(leaf, Tensor) else [leaf] * size for leaf in leaves]
+    return [tree_unflatten([part[k] for part in parts], layout) for k in range(size)]
 
 
 def joined(trees: Sequence[Any]) -> Any:

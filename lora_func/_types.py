@@ -143,6 +143,8 @@ class Variant(NamedTuple):
             digit is a size, any other name stands for one size throughout the site.
         pads: Whether a row of zeros on the rank axes is a rank less exactly, and stays so under
             training. It lets ``stack`` pad.
+        stacks: Whether ``apply`` also takes K adapters at once, leaves (K, ...) and x (K, n, d_in);
+            of any other ``vcall`` makes that by ``torch.vmap``, which is slower.
     """
 
     name: str
@@ -158,6 +160,7 @@ class Variant(NamedTuple):
     delta_norm: NormFn | None = None
     leaves: Mapping[str, str] = {}
     pads: bool = True
+    stacks: bool = False
 
     @property
     def rank_axes(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ LAYERS = [
     {"_transforms", "_bitsandbytes"},
     {"_quantised"},
     {"_weight"},
+    {"_products"},
     {"_frozen", "_trees", "_files"},
     {"_config", "_padding"},
     {"_types"},

@@ -4,20 +4,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_func._linalg import kaiming_uniform, low_rank, low_rank_norm
+from lora_func._linalg import kaiming_uniform, low_rank_norm, scaled
 from tests.strategies import dims, seeds
 
 
 @given(d_in=dims, d_out=dims, r=dims, seed=seeds)
-def test_low_rank_forms_equal_the_dense_product(d_in, d_out, r, seed):
+def test_scales_and_norms_equal_the_dense_products(d_in, d_out, r, seed):
     g = torch.Generator().manual_seed(seed)
-    A, B, x = (
+    A, B = (
         torch.randn(*shape, generator=g, dtype=torch.float64)
-        for shape in ((2, r, d_in), (2, d_out, r), (3, d_in))
+        for shape in ((2, r, d_in), (2, d_out, r))
     )
     scale = torch.tensor([-1.5, 0.5], dtype=torch.float64)
     dense = scale[:, None, None] * B @ A
-    torch.testing.assert_close(low_rank(x, A[0], B[0], scale[0]), x @ dense[0].T)
+    torch.testing.assert_close(scaled(B, scale) @ A, dense)
+    torch.testing.assert_close(scaled(B[0], scale[0]), scale[0] * B[0])
     torch.testing.assert_close(low_rank_norm(A, B, scale), torch.linalg.matrix_norm(dense))
 
 

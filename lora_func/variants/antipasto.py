@@ -25,6 +25,7 @@ contrastive choice from pairs is not offered.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -41,8 +42,9 @@ from lora_func._linalg import (
     svd,
 )
 from lora_func._moments import Moments, observe
+from lora_func._products import beside
 from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +154,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    h = linear(x, params["_Vh"].to(x.dtype))
-    return linear(x, W) + linear(_steer(params, h), params["_U"].to(x.dtype))
+    return beside(x, W, params["_Vh"], params["_U"], partial(_steer, params))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

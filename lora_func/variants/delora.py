@@ -30,11 +30,11 @@ from lora_func._linalg import (
     at_least_float32,
     difference,
     kaiming_uniform,
-    low_rank,
     low_rank_norm,
 )
+from lora_func._products import beside
 from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Weight, dense
 
 _FLOOR = 1e-4
 
@@ -108,8 +108,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    A, B = _factors(params)
-    return linear(x, W) + low_rank(x, A, B, B.new_ones(()))
+    return beside(x, W, *_factors(params))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -148,4 +147,5 @@ VARIANT = Variant(
         "_B0?": "d_out r",
     },
     pads=False,
+    stacks=True,
 )

@@ -26,10 +26,18 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func._config import LowRankConfig
-from lora_func._linalg import at_least_float32, kaiming_uniform, refuse_rank_above, without_autocast
+from lora_func._linalg import (
+    along_rows,
+    at_least_float32,
+    kaiming_uniform,
+    refuse_rank_above,
+    scaled,
+    without_autocast,
+)
 from lora_func._low_rank import LOW_RANK
+from lora_func._low_rank import apply as low_rank
 from lora_func._types import Variant
-from lora_func._weight import Weight, bias_of, dense, linear, times
+from lora_func._weight import Weight, bias_of, dense, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +81,11 @@ def squared_norms(W: Weight) -> Tensor:
 
 def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     """M / n; 1 for a row of zeros, where it does not matter."""
-    m, squares, s = params["m"], params["_w_sqnorm"], params["_scale"]
-    A, B = (at_least_float32(params[leaf].detach()) for leaf in ("A", "B"))
+    m, squares, A = params["m"], params["_w_sqnorm"], at_least_float32(params["A"].detach())
+    B = scaled(at_least_float32(params["B"].detach()), params["_scale"])
     with without_autocast(A):
         WA = times(A, W).mT.to(A.dtype)
-        added = s * ((2 * WA + s * B @ (A @ A.mT)) * B).sum(-1)
+        added = ((2 * WA + B @ (A @ A.mT)) * B).sum(-1)
     # what the sum of squares is precise to, where a row has all but vanished
     least = squares * torch.finfo(W.dtype).eps
     n = torch.maximum(squares + added.to(squares.dtype), least).sqrt().to(m.dtype)
@@ -85,16 +93,14 @@ def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``z + (g - 1) (z - b) + g s x Aᵀ Bᵀ`` with ``z = linear(x, W)`` and ``g = m / n``.
+    """Compute ``y + (g - 1) (y - b)`` with ``y`` as LoRA's and ``g = m / n``.
 
     Returns:
         Shape (..., d_out).
     """
-    z, b, g = linear(x, W), bias_of(W), _gain(W, params)
-    up = g[:, None] * (params["B"] * params["_scale"])
-    frozen = z if b is None else z - b.to(z.dtype)
-    added = linear(linear(x, params["A"].to(x.dtype)), up.to(x.dtype))
-    return torch.addcmul(z + added, (g - 1).to(z.dtype), frozen)
+    y, b = low_rank(W, params, x), bias_of(W)
+    more = along_rows(_gain(W, params) - 1).to(y.dtype)
+    return torch.addcmul(y, more, y if b is None else y - b.to(y.dtype))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -116,4 +122,5 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     leaves={**LOW_RANK, "m": "d_out", "_w_sqnorm": "d_out"},
+    stacks=True,
 )

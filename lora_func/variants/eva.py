@@ -148,4 +148,5 @@ VARIANT = Variant(
     conclude=conclude,
     delta_norm=delta_norm,
     leaves=LOW_RANK,
+    stacks=True,
 )

@@ -80,7 +80,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     U, P = _factors(params, x.dtype)
-    return linear(x - linear(x, U) @ P, W)
+    return linear(x - (x @ U.mT) @ P, W)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -95,5 +95,11 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 
 
 VARIANT = Variant(
-    name="hra", config=HRA, init=init, apply=apply, weight=weight, leaves={"U": "r d_in"}
+    name="hra",
+    config=HRA,
+    init=init,
+    apply=apply,
+    weight=weight,
+    leaves={"U": "r d_in"},
+    stacks=True,
 )

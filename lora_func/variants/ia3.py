@@ -22,6 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func._config import LinearConfig
+from lora_func._linalg import along_rows
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -54,7 +55,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     y = linear(x, W)
-    return torch.addcmul(y, (params["g"] - 1).to(y.dtype), y)
+    return torch.addcmul(y, along_rows(params["g"] - 1).to(y.dtype), y)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -84,4 +85,5 @@ VARIANT = Variant(
     weight=weight,
     bias=bias,
     leaves={"g": "d_out"},
+    stacks=True,
 )

@@ -22,6 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func._config import LinearConfig
+from lora_func._linalg import along_rows
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -53,7 +54,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return linear(torch.addcmul(x, (params["g"] - 1).to(x.dtype), x), W)
+    return linear(torch.addcmul(x, along_rows(params["g"] - 1).to(x.dtype), x), W)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -73,4 +74,5 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     leaves={"g": "d_in"},
+    stacks=True,
 )

@@ -81,4 +81,5 @@ VARIANT = Variant(
     weight=weight,
     delta_norm=delta_norm,
     leaves=LOW_RANK,
+    stacks=True,
 )

@@ -26,10 +26,11 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_count
 from lora_func._config import LowRankConfig
-from lora_func._linalg import difference, low_rank, low_rank_norm, svd
+from lora_func._linalg import difference, low_rank_norm, scaled, svd
 from lora_func._low_rank import LOW_RANK
+from lora_func._products import beside
 from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return linear(x, W) + low_rank(x, *_factors(params), params["_scale"])
+    down, up = _factors(params)
+    return beside(x, W, down, scaled(up, params["_scale"]))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -108,4 +110,5 @@ VARIANT = Variant(
     weight=weight,
     delta_norm=delta_norm,
     leaves={**LOW_RANK, "_A0": "r d_in", "_B0": "d_out r"},
+    stacks=True,
 )

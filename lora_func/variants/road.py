@@ -94,11 +94,12 @@ def _entries(kind: int, theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rotate(y: Tensor, params: Mapping[str, Tensor], kind: int) -> Tensor:
     theta, alpha = at_least_float32(params["theta"]), at_least_float32(params["alpha"])
-    diagonal, across = (entry.to(y.dtype) for entry in _entries(kind, theta, alpha))
-    groups = y.reshape(*y.shape[:-1], *diagonal.shape)
-    first, second = groups.chunk(2, -1)
-    turned = groups * diagonal + torch.cat([-second, first], -1) * across
-    return y + turned.flatten(-2)
+    entries = _entries(kind, theta, alpha)
+    diagonal, across = (entry.to(y.dtype).view(len(entry), 2, -1) for entry in entries)
+    across = across * across.new_tensor([-1, 1])[:, None]
+    halves = y.reshape(*y.shape[:-1], *diagonal.shape)
+    turned = torch.addcmul(halves, halves, diagonal)
+    return torch.addcmul(turned, halves.flip(-2), across).flatten(-3)
 
 
 def _variant(kind: int) -> Variant:

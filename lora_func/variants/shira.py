@@ -24,7 +24,7 @@ from lora_func._checks import check_choice
 from lora_func._config import Calibration, RankConfig
 from lora_func._linalg import at_least_float32
 from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Affine, Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,15 @@ def _delta(W: Weight, params: Mapping[str, Tensor], dtype: torch.dtype) -> Tenso
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + x Dᵀ``.
+    """Compute ``linear(x, W + D)``; ``linear(x, W) + x Dᵀ`` where the sum would round D.
 
     Returns:
         Shape (..., d_out).
     """
+    frozen, b = (W.weight, W.bias) if isinstance(W, Affine) else (W, None)
+    values = params["values"].dtype
+    if isinstance(frozen, Tensor) and torch.promote_types(values, frozen.dtype) == frozen.dtype:
+        return linear(x, Affine(weight(W, params), b))
     return linear(x, W) + linear(x, _delta(W, params, x.dtype))
 
 
@@ -125,7 +129,8 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    return W + _delta(W, params, W.dtype)
+    rows, columns = params["_indices"].long()
+    return W.index_put((rows, columns), params["values"].to(W.dtype), accumulate=True)
 
 
 def delta_norm(params: Mapping[str, Tensor]) -> Tensor:

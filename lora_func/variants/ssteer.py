@@ -20,8 +20,9 @@ turned round where fewer than half of the pairs have the positive one ahead. The
 δ; here it may be trained, from zero too where that has a gradient (scale, exp).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -29,8 +30,9 @@ from torch import Generator, Tensor
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import Calibration, LinearConfig
 from lora_func._linalg import SINGULAR, at_least_float32, refuse_rank_above, svd
+from lora_func._products import beside
 from lora_func._types import ApplyFn, BiasFn, Variant, WeightFn
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Weight, dense
 
 _NAMES = {"scale": "ssteer", "exp": "ssteer_exp", "add": "ssteer_add", "ablate": "ssteer_ablate"}
 
@@ -151,9 +153,17 @@ def _gain(params: Mapping[str, Tensor]) -> Tensor:
     return S * (c * delta).clamp(-bound, bound).expm1()
 
 
-def _apply_gain(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    h = linear(x, params["_Vh"].to(x.dtype))
-    return linear(x, W) + linear(h * _gain(params).to(x.dtype), params["_U"].to(x.dtype))
+def _steered(steer: Callable[[Mapping[str, Tensor], Tensor], Tensor]) -> ApplyFn:
+    """The activation view, given the change in singular coordinates (..., r) -> (..., r)."""
+
+    def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return beside(x, W, params["_Vh"], params["_U"], partial(steer, params))
+
+    return apply
+
+
+def _by_gain(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
+    return h * _gain(params).to(h.dtype)
 
 
 def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -161,18 +171,16 @@ def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + ((params["_U"] * gain) @ params["_Vh"].to(gain.dtype)).to(W.dtype)
 
 
-def _apply_add(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def _by_gate(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
     c, delta, S, a = _coordinates(params)
-    h = at_least_float32(linear(x, params["_Vh"].to(x.dtype))) * S.sqrt()
+    h = at_least_float32(h) * S.sqrt()
     gate = torch.nn.functional.cosine_similarity(h, delta, dim=-1, eps=1e-12).abs()
-    return linear(x, W) + linear((c * gate[..., None] * a).to(x.dtype), params["_U"].to(x.dtype))
+    return c * gate[..., None] * a
 
 
-def _apply_ablate(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def _by_removal(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
     c, _, _, a = _coordinates(params)
-    h = linear(x, params["_Vh"].to(x.dtype))
-    along = (c - h.to(a.dtype) @ a)[..., None] * a
-    return linear(x, W) + linear(along.to(x.dtype), params["_U"].to(x.dtype))
+    return (c - h.to(a.dtype) @ a)[..., None] * a
 
 
 def _weight_ablate(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -203,8 +211,8 @@ def _variant(
 
 
 VARIANTS = (
-    _variant("scale", _apply_gain, _weight_gain),
-    _variant("exp", _apply_gain, _weight_gain),
-    _variant("add", _apply_add),
-    _variant("ablate", _apply_ablate, _weight_ablate, _bias_ablate),
+    _variant("scale", _steered(_by_gain), _weight_gain),
+    _variant("exp", _steered(_by_gain), _weight_gain),
+    _variant("add", _steered(_by_gate)),
+    _variant("ablate", _steered(_by_removal), _weight_ablate, _bias_ablate),
 )

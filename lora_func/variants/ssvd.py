@@ -19,6 +19,7 @@ An unconstrained G is not offered.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -26,8 +27,9 @@ from torch import Generator, Tensor
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import LinearConfig
 from lora_func._linalg import SINGULAR, at_least_float32, cayley, skew, svd
+from lora_func._products import beside
 from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def _turn(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
     """The change in singular coordinates, (..., k) -> (..., k)."""
     delta, E = params["delta_s"].to(h.dtype), rotation(params).to(h.dtype)
     S = (params["_S"] + params["delta_s"]).to(h.dtype)
-    return torch.addcmul(h * delta, linear(h, E), S)
+    return torch.addcmul(h * delta, h @ E.mT, S)
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -117,8 +119,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    h = linear(x, params["_Vh"].to(x.dtype))
-    return linear(x, W) + linear(_turn(params, h), params["_U"].to(x.dtype))
+    return beside(x, W, params["_Vh"], params["_U"], partial(_turn, params))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

@@ -22,8 +22,10 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_count, check_number
 from lora_func._config import LinearConfig
+from lora_func._linalg import along_rows
+from lora_func._products import beside
 from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func._weight import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +84,9 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    A, B = (factor.to(x.dtype) for factor in _projections(params, x.shape[-1]))
-    h, y = linear(x, A), linear(x, W)
-    h, lambda_b = linear(h * params["lambda_d"].to(h.dtype), B), params["lambda_b"]
-    return torch.addcmul(y, h, lambda_b.to(y.dtype))
+    lambda_d, lambda_b = along_rows(params["lambda_d"]), along_rows(params["lambda_b"])
+    A, B = _projections(params, x.shape[-1])
+    return beside(x, W, A, B, lambda h: h * lambda_d.to(h.dtype), lambda_b)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -100,7 +101,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 
 
 def _projections(params: Mapping[str, Tensor], d_in: int) -> tuple[Tensor, Tensor]:
-    return params["_A"][:, :d_in], params["_B"][: params["lambda_b"].shape[-1]]
+    return params["_A"][..., :d_in], params["_B"][..., : params["lambda_b"].shape[-1], :]
 
 
 VARIANT = Variant(
@@ -116,4 +117,5 @@ VARIANT = Variant(
         "_A": "r widest_in",
         "_B": "widest_out r",
     },
+    stacks=True,
 )

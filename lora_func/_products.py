@@ -1,0 +1,107 @@
+"""A frozen layer with a narrow product beside it, which leaves nothing wide behind."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_func._transforms import transformed
+from lora_func._weight import Affine, Weight, linear
+
+
+def beside(
+    x: Tensor,
+    W: Weight,
+    down: Tensor,
+    up: Tensor,
+    between: Callable[[Tensor], Tensor] | None = None,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """Compute ``x Wᵀ + b + gain * (between(x downᵀ) upᵀ)`` in the dtype of x.
+
+    Where autograd alone looks on, the second product is added to the first in its own memory, and
+    so are their gradients in x.
+
+    Args:
+        x: Shape (..., d_in); (K, n, d_in) for factors with an axis of adapters in front.
+        W: The frozen weight, or the weight with its bias.
+        down: Shape (r, d_in), or (K, r, d_in).
+        up: Shape (d_out, r), or (K, d_out, r).
+        between: What happens in the narrow place, (..., r) -> (..., r); nothing if left out.
+        gain: Of each output of the second product, shape (d_out,) or (K, 1, d_out); 1 if left out.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    down, up = down.to(x.dtype), up.to(x.dtype)
+    weight: Any
+    weight, bias = W if isinstance(W, Affine) else (W, None)
+    if not _is_plain(x, weight, bias):
+        h = x @ down.mT
+        added = (h if between is None else between(h).to(h.dtype)) @ up.mT
+        y = linear(x, W)
+        return y + added if gain is None else torch.addcmul(y, added, gain.to(y.dtype))
+    if between is None:
+        fused: Tensor = _Beside.apply(x, weight, bias, down, up)  # type: ignore[no-untyped-call]
+        return fused
+    rows = x if down.ndim == 3 else x.flatten(0, -2)
+    y, h = F.linear(rows, weight, bias), between(rows @ down.mT).to(x.dtype)
+    y = _add(y, h, up) if gain is None else y.addcmul_(h @ up.mT, gain.to(y.dtype))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _add(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
+    return y.addmm_(h, up.mT) if up.ndim == 2 else y.baddbmm_(h, up.mT)
+
+
+def _is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
+    """Whether nobody but autograd looks on, and the layer is frozen."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        return False
+    return not (
+        x.ndim < 2
+        or not x.is_contiguous()
+        or x.dtype != weight.dtype
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or torch.is_autocast_enabled(x.device.type)
+        or transformed()
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+    ) -> Tensor:
+        rows = x if down.ndim == 3 else x.flatten(0, -2)
+        h = down @ rows.mT
+        ctx.save_for_backward(rows, weight, down, up, h)
+        ctx.shape = x.shape
+        y = F.linear(x.flatten(0, -2), weight, bias)
+        _add(y.view(*rows.shape[:-1], len(weight)), h.mT, up)
+        # autograd lets nobody write into a view that comes out of a Function
+        unviewed: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], len(weight)))
+        return unviewed
+
+    @staticmethod
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, down, up, h = ctx.saved_tensors
+        of_x = of_down = of_up = None
+        of_y = of_y.reshape(*rows.shape[:-1], len(weight))
+        of_h = up.mT @ of_y.mT
+        if ctx.needs_input_grad[4]:
+            # what is saved of the forward pass has no derivative of its own
+            of_up = ((down @ rows.mT if torch.is_grad_enabled() else h) @ of_y).mT
+        if ctx.needs_input_grad[3]:
+            of_down = of_h @ rows
+        if ctx.needs_input_grad[0]:
+            of_x = of_h.mT @ down
+            of_x.flatten(0, -2).addmm_(of_y.flatten(0, -2), weight)
+            of_x = of_x.view(ctx.shape)
+        return of_x, None, None, of_down, of_up
