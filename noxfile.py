@@ -52,7 +52,7 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure; the first argument names a file of benchmarks/, the others go to it."""
+    """Measure everything; or one file of benchmarks/, named first, to which arguments go."""
     install(session, "bench", "-e", ".[all]")
-    name, *rest = session.posargs or ["checkpointing"]
+    name, *rest = session.posargs or ["run"]
     session.run("python", f"benchmarks/{name}.py", *rest)

@@ -8,48 +8,43 @@ by ``torch.func.grad``, which keeps the backward pass for another derivative, wi
 it needed after a forward pass without gradients.
 """
 
-import argparse
 import json
-import sys
 
 import torch
-from measuring import Figures, in_processes, measured, parser_of, qwen3, show, tokens
+from measuring import Row, in_processes, parser_of, peak_of, qwen3, ratios_to_first, report, tokens
 
 import lora_func as lf
 
 WAYS = ("autograd", "torch.func.grad")
 
 
-def measure(options) -> Figures:
-    model, batch = (
-        qwen3(options.width, options.layers).train(),
-        tokens(options.rows, options.tokens),
-    )
+def measure(way: str, checkpointing: bool, options) -> Row:
+    model = qwen3(options.width, options.layers, options.device)
+    batch = tokens(options.rows, options.tokens, options.device)
     params = lf.init(model, lf.LoRA(r=8))
-    if options.checkpointing:
+    if checkpointing:
         model.activation_checkpointing_enable()
 
     def gradient() -> None:
-        if options.way == "autograd":
+        if way == "autograd":
             lf.fcall(model, params, batch).backward()
         else:
             torch.func.grad(lf.fcall, argnums=1)(model, params, batch)
 
-    return measured(lambda: lf.fcall(model, params, batch), gradient, options.repeats)
+    row = {"way": way + ", checkpointing" * checkpointing}
+    return row | peak_of(lambda: lf.fcall(model, params, batch), gradient, options.repeats)
 
 
 def main() -> None:
-    """Measure every way, or in a child process one."""
-    parser = parser_of(__doc__, WAYS, width=256, layers=12, rows=2, tokens=256)
-    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, width=256, layers=12, rows=2, tokens=256, repeats=3)
     options = parser.parse_args()
-    if options.way:
-        print(json.dumps(measure(options)))
+    if options.only:
+        print(json.dumps(measure(*options.only, options)))
         return
-    ways = [["--way", way, *again] for again in ([], ["--checkpointing"]) for way in WAYS]
-    found = in_processes(__file__, [[*sys.argv[1:], *way] for way in ways])
-    names = [way + again for again in ("", ", checkpointing") for way in WAYS]
-    show(names, found, options.json)
+    ways = [(way, checkpointing) for checkpointing in (False, True) for way in WAYS]
+    rows = in_processes(__file__, ways)
+    ratios_to_first(rows, "MiB", "s")
+    report("checkpointing", rows, ["MiB ratio", "s ratio"], options)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""What the benchmarks share: a model, peak memory, and a process for each measurement."""
+"""What the benchmarks share: models, timing both sides in turn, peak memory, tables and plots."""
 
 import argparse
 import json
+import os
+import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import peft
 import torch
 from rich import box
 from rich.console import Console
@@ -17,23 +23,30 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+mpl.use("Agg")
+
 VOCABULARY = 1000
-Figures = dict[str, float]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
 
 
-def parser_of(description: str, ways: Sequence[str], **defaults: int) -> argparse.ArgumentParser:
-    """Make the command line that the benchmarks share."""
+def parser_of(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Make the command line that the benchmarks share; a list of defaults takes several values."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in {**defaults, "repeats": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--way", choices=ways, help=argparse.SUPPRESS)
+    shared = {"device": "cuda" if torch.cuda.is_available() else "cpu", "out": RESULTS}
+    for name, default in (defaults | shared).items():
+        several = {"nargs": "+"} if isinstance(default, list) else {}
+        kind = type(default[0] if several else default)
+        parser.add_argument(f"--{name}", type=kind, default=default, **several)
+    # one measurement of a child process
+    parser.add_argument("--only", type=json.loads, help=argparse.SUPPRESS)
     return parser
 
 
-def qwen3(width: int, layers: int) -> Qwen3ForCausalLM:
+def qwen3(width: int, layers: int, device: str = "cpu", biases: bool = False) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -43,56 +56,160 @@ def qwen3(width: int, layers: int) -> Qwen3ForCausalLM:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=width // 8,
+        attention_bias=biases,
         use_cache=False,
     )
-    return Qwen3ForCausalLM(config).requires_grad_(False)
+    return Qwen3ForCausalLM(config).requires_grad_(False).train().to(device)
 
 
-def tokens(rows: int, length: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+def tokens(rows: int, length: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (rows, length), generator=generator).to(device)
     return {"input_ids": ids, "labels": ids}
 
 
-def measured(forward: Callable[[], object], step: Callable[[], object], repeats: int) -> Figures:
-    """The peak memory in MiB above what a forward pass needed, and the seconds of a step."""
+def with_peft(model: torch.nn.Module, config: peft.PeftConfig) -> torch.nn.Module:
+    config.target_modules = {*PROJECTIONS}
+    return peft.get_peft_model(model, config).train()
+
+
+def floor_step(model: Qwen3ForCausalLM, batch: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    """The frozen model alone: forward, and the backward pass down to the first layer's input."""
+    embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+
+    def step() -> None:
+        embedded.grad = None
+        model(inputs_embeds=embedded, labels=batch["labels"]).loss.backward()
+
+    return step
+
+
+def training_step(
+    leaves: Mapping[str, torch.Tensor], loss: Callable[[], torch.Tensor]
+) -> Callable[[], None]:
+    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+
+    def step() -> None:
+        for leaf in trained:
+            leaf.grad = None
+        loss().backward()
+
+    return step
+
+
+def alternately(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median seconds of each function, called in turn; two rounds of warming up go before."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(repeats + 2):
+        for name, function in functions.items():
+            _synchronise()
+            start = time.perf_counter()
+            function()
+            _synchronise()
+            if round_ >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_of(forward: Callable[[], Any], step: Callable[[], Any], repeats: int = 3) -> Row:
+    """What steps need at their peak above a forward pass without gradients, MiB, and seconds."""
     with torch.no_grad():
         forward()
     before, seconds = _peak(), []
     for _ in range(repeats):
         start = time.perf_counter()
         step()
+        _synchronise()
         seconds.append(time.perf_counter() - start)
     return {"MiB": _peak() - before, "s": median(seconds), "MiB in all": _peak()}
 
 
 def _peak() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def in_processes(file: str, rows: Sequence[Sequence[str]]) -> list[Figures]:
-    """Run a benchmark's file once for each row of arguments; it prints its figures as JSON."""
+def in_processes(file: str, choices: Sequence[Any]) -> list[Row]:
+    """Run a benchmark's file once for each choice, with the arguments given; it prints its row."""
 
-    def run(row: Sequence[str]) -> Figures:
-        command = [sys.executable, file, *row]
+    def run(choice: Any) -> Row:
+        command = [sys.executable, file, *sys.argv[1:], "--only", json.dumps(choice)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    return [run(row) for row in tqdm(rows, unit="process")]
+    return [run(choice) for choice in tqdm(choices, unit="process")]
 
 
-def show(names: Sequence[str], found: Sequence[Figures], path: Path | None) -> None:
-    """Print a table with ratios to the first row; write the figures as JSON if asked."""
-    shown = Table(box=box.SIMPLE, caption="ratios to the first row")
-    shown.add_column("")
-    for column in ("peak MiB", "ratio", "seconds", "ratio"):
-        shown.add_column(column, justify="right")
-    for name, figures in zip(names, found, strict=True):
-        cells = [name]
-        for unit, digits in (("MiB", 0), ("s", 2)):
-            ratio = figures[unit] / found[0][unit]
-            cells += [f"{figures[unit]:.{digits}f}", f"{ratio:.2f}"]
-        shown.add_row(*cells)
-    Console(width=max(80, Console().width)).print(shown)
-    if path:
-        path.write_text(json.dumps(dict(zip(names, found, strict=True)), indent=2))
+def ratios_to_first(rows: Sequence[Row], *columns: str) -> None:
+    """Add to each row the ratio of its figures to those of the first."""
+    for row in rows:
+        row |= {f"{column} ratio": row[column] / rows[0][column] for column in columns}
+
+
+def report(name: str, rows: Sequence[Row], plotted: Sequence[str], options: Any) -> None:
+    """Print a table; write it as JSON, with the machine and the settings, and plot its ratios.
+
+    Args:
+        name: Of the files.
+        rows: The first entry of each names it; the others are figures, None where there is none.
+        plotted: The columns that are ratios.
+        options: The settings.
+    """
+    columns = [*dict.fromkeys(column for row in rows for column in row)]
+    table = Table(box=box.SIMPLE, title=name)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(_shown(row.get(column)) for column in columns))
+    Console(width=max(100, Console().width)).print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) for key, value in vars(options).items() if key not in _NOT_SETTINGS}
+    found = {"machine": machine(options.device), "settings": settings, "rows": rows}
+    (options.out / f"{name}-{options.device}.json").write_text(json.dumps(found, indent=1))
+    _plot(name, rows, plotted, options)
+
+
+_NOT_SETTINGS = ("out", "only")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _plot(name: str, rows: Sequence[Row], plotted: Sequence[str], options: Any) -> None:
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.3 * len(rows)))
+    height = 0.8 / len(plotted)
+    for i, column in enumerate(plotted):
+        places = [-(at + i * height) for at in range(len(rows))]
+        axes.barh(places, [row.get(column) or 0 for row in rows], height, label=column)
+    axes.set_yticks([-at for at in range(len(rows))], [str(next(iter(r.values()))) for r in rows])
+    axes.axvline(1, color="black", linewidth=0.5)
+    widest = max((row.get(column) or 0 for row in rows for column in plotted), default=1)
+    axes.set_xscale("log" if widest > 8 else "linear")
+    axes.legend(loc="lower right")
+    axes.set_title(f"{name}, {options.device}")
+    figure.tight_layout()
+    figure.savefig(options.out / f"{name}-{options.device}.png", dpi=110)
+    plt.close(figure)
+
+
+def machine(device: str) -> Row:
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    return {
+        "device": device,
+        "processor": processor or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+    }

@@ -7,14 +7,12 @@ a LoRA of rank 8 on all its linear layers with AdamW. Memory is what a process n
 above what it needed after a forward pass without gradients.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 
 import peft
 import torch
-from measuring import Figures, in_processes, measured, parser_of, qwen3, show, tokens
+from measuring import Row, in_processes, parser_of, peak_of, qwen3, ratios_to_first, report, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_func as lf
@@ -35,10 +33,10 @@ def quantise(width: int, layers: int, folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def measure(options) -> Figures:
-    model = AutoModelForCausalLM.from_pretrained(options.folder, device_map="cpu").train()
+def measure(way: str, folder: str, options) -> Row:
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").train()
     batch = tokens(options.rows, options.tokens)
-    if options.way == "PEFT":
+    if way == "PEFT":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -58,21 +56,20 @@ def measure(options) -> Figures:
         loss().backward()
         optimizer.step()
 
-    return measured(loss, step, options.repeats)
+    return {"way": way} | peak_of(loss, step, options.repeats)
 
 
 def main() -> None:
-    """Measure both, or in a child process one."""
-    parser = parser_of(__doc__, WAYS, width=1024, layers=8, rows=2, tokens=512)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, width=1024, layers=8, rows=2, tokens=512, repeats=3)
     options = parser.parse_args()
-    if options.way:
-        print(json.dumps(measure(options)))
+    if options.only:
+        print(json.dumps(measure(*options.only, options)))
         return
     with tempfile.TemporaryDirectory() as folder:
         quantise(options.width, options.layers, folder)
-        rows = [[*sys.argv[1:], "--way", way, "--folder", folder] for way in WAYS]
-        show(WAYS, in_processes(__file__, rows), options.json)
+        rows = in_processes(__file__, [(way, folder) for way in WAYS])
+    ratios_to_first(rows, "MiB", "s")
+    report("quantised", rows, ["MiB ratio", "s ratio"], options)
 
 
 if __name__ == "__main__":

@@ -153,44 +153,11 @@ def cayley(X: Tensor) -> Tensor:
     Returns:
         Shape (..., b, b).
     """
-    if torch.compiler.is_compiling():
-        return _Cayley.forward(X)
-    E: Tensor = _Cayley.apply(X)  # type: ignore[no-untyped-call]
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    with without_autocast(X):
+        # not solve, whose backward pass solves again, and whose forward mode has none of its own
+        E: Tensor = 2 * torch.linalg.inv(eye - X) @ X
     return E
-
-
-class _Cayley(torch.autograd.Function):
-    """Derivatives without another solve: ``(I - X)⁻¹ = I + E / 2``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(X: Tensor) -> Tensor:
-        eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-        E: Tensor = torch.linalg.solve(eye - X, 2 * X)
-        return E
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (E,) = ctx.saved_tensors
-        return _around(E.mT, gradient)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        (E,) = ctx.saved_tensors
-        return _around(E, tangent)
-
-
-def _around(E: Tensor, middle: Tensor) -> Tensor:
-    """``2 (I + E / 2) middle (I + E / 2)``."""
-    with without_autocast(E):
-        left = 2 * middle + E @ middle
-        return left + left @ E / 2
 
 
 def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:

@@ -38,18 +38,23 @@ def beside(
     down, up = down.to(x.dtype), up.to(x.dtype)
     weight: Any
     weight, bias = W if isinstance(W, Affine) else (W, None)
-    if not _is_plain(x, weight, bias):
-        h = x @ down.mT
-        added = (h if between is None else between(h).to(h.dtype)) @ up.mT
-        y = linear(x, W)
-        return y + added if gain is None else torch.addcmul(y, added, gain.to(y.dtype))
-    if between is None:
+    plain = _is_plain(x, weight, bias)
+    if plain and between is None and gain is None:
         fused: Tensor = _Beside.apply(x, weight, bias, down, up)  # type: ignore[no-untyped-call]
         return fused
-    rows = x if down.ndim == 3 else x.flatten(0, -2)
-    y, h = F.linear(rows, weight, bias), between(rows @ down.mT).to(x.dtype)
-    y = _add(y, h, up) if gain is None else y.addcmul_(h @ up.mT, gain.to(y.dtype))
+    rows = _rows(x, down) if plain else x
+    y, h = linear(rows, W), rows @ down.mT
+    h = h if between is None else between(h).to(h.dtype)
+    gain = None if gain is None else gain.to(y.dtype)
+    if not plain:
+        added = h @ up.mT
+        return y + added if gain is None else torch.addcmul(y, added, gain)
+    y = _add(y, h, up) if gain is None else y.addcmul_(h @ up.mT, gain)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _rows(x: Tensor, down: Tensor) -> Tensor:
+    return x.flatten(0, -2) if down.ndim == 2 else x
 
 
 def _add(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
@@ -79,10 +84,9 @@ class _Beside(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
     ) -> Tensor:
-        rows = x if down.ndim == 3 else x.flatten(0, -2)
+        rows = _rows(x, down)
         h = down @ rows.mT
-        ctx.save_for_backward(rows, weight, down, up, h)
-        ctx.shape = x.shape
+        ctx.save_for_backward(x, weight, down, up, h)
         y = F.linear(x.flatten(0, -2), weight, bias)
         _add(y.view(*rows.shape[:-1], len(weight)), h.mT, up)
         # autograd lets nobody write into a view that comes out of a Function
@@ -91,17 +95,18 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, down, up, h = ctx.saved_tensors
+        x, weight, down, up, h = ctx.saved_tensors
+        rows = _rows(x, down)
         of_x = of_down = of_up = None
         of_y = of_y.reshape(*rows.shape[:-1], len(weight))
         of_h = up.mT @ of_y.mT
         if ctx.needs_input_grad[4]:
-            # what is saved of the forward pass has no derivative of its own
+            # h is no input, and has no derivative of its own
             of_up = ((down @ rows.mT if torch.is_grad_enabled() else h) @ of_y).mT
         if ctx.needs_input_grad[3]:
             of_down = of_h @ rows
         if ctx.needs_input_grad[0]:
             of_x = of_h.mT @ down
             of_x.flatten(0, -2).addmm_(of_y.flatten(0, -2), weight)
-            of_x = of_x.view(ctx.shape)
+            of_x = of_x.view(x.shape)
         return of_x, None, None, of_down, of_up

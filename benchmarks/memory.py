@@ -1,0 +1,75 @@
+"""The peak memory of training steps: each variant against PEFT, and a sweep against its size.
+
+    python -m nox -s bench -- memory
+
+Each figure comes from a process of its own: what three steps need at their peak above a forward
+pass without gradients; resident memory on a CPU, what the allocator gave on a GPU.
+"""
+
+import json
+
+from measuring import (
+    Row,
+    in_processes,
+    parser_of,
+    peak_of,
+    qwen3,
+    report,
+    tokens,
+    training_step,
+    with_peft,
+)
+from steps import PAIRS
+
+import lora_func as lf
+
+
+def measure(name: str, side: str, adapters: int, options) -> Row:
+    base = qwen3(options.width, options.layers, options.device, biases=name == "bitfit")
+    batch = tokens(options.rows, options.tokens, options.device)
+    ours, theirs = PAIRS[name]
+    if side == "PEFT":
+        model = with_peft(base, theirs())
+        step = training_step(dict(model.named_parameters()), lambda: model(**batch).loss)
+        return peak_of(lambda: model(**batch), step)
+    params = lf.init(base, ours)
+    if side == "ours":
+        step = training_step(params, lambda: lf.fcall(base, params, batch))
+        return peak_of(lambda: lf.fcall(base, params, batch), step)
+    many = lf.stack([lf.init(base, ours, seed=seed) for seed in range(adapters)])
+    stack = {k: leaf.detach().requires_grad_(params[k].requires_grad) for k, leaf in many.items()}
+    step = training_step(stack, lambda: lf.vcall(base, stack, batch, check="never").sum())
+    return peak_of(lambda: lf.fcall(base, params, batch), step)
+
+
+def main() -> None:
+    defaults = {"width": 768, "layers": 4, "rows": 2, "tokens": 256}
+    parser = parser_of(__doc__, **defaults, variants=[*PAIRS], adapters=[1, 2, 4, 8, 16])
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(*options.only, options)))
+        return
+    sides = [
+        (name, side, 1)
+        for name in options.variants
+        for side in ("ours", "PEFT")
+        if side == "ours" or PAIRS[name][1]
+    ]
+    sweeps = [("lora", "sweep", adapters) for adapters in options.adapters]
+    found = dict(zip(sides + sweeps, in_processes(__file__, sides + sweeps), strict=True))
+    rows: list[Row] = []
+    for name in options.variants:
+        ours, theirs = found[name, "ours", 1], found.get((name, "PEFT", 1))
+        row = {"variant": name, "MiB": ours["MiB"], "PEFT MiB": theirs and theirs["MiB"]}
+        rows.append(row | {"ours / PEFT": theirs and ours["MiB"] / theirs["MiB"]})
+    report("memory", rows, ["ours / PEFT"], options)
+    rows = [
+        {"K": adapters, "MiB": found[sweep]["MiB"]} for sweep in sweeps for adapters in sweep[2:]
+    ]
+    for row in rows:
+        row["of K times one"] = row["MiB"] / (row["K"] * rows[0]["MiB"])
+    report("memory-sweep", rows, ["of K times one"], options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What a call costs where the model does nothing, and what the import costs.
+
+    python -m nox -s bench -- overhead
+
+The model has many linear layers and calls none of them, so that ``fcall`` parses the adapter, puts
+it in, and takes it out again. The import is timed in new processes, with and without it after
+``import torch``.
+"""
+
+import subprocess
+import sys
+
+import torch
+from measuring import Row, alternately, parser_of, report
+from torch import nn
+from tqdm import tqdm
+
+import lora_func as lf
+
+
+class Idle(nn.Module):
+    """A model that does not run its layers."""
+
+    def __init__(self, sites: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(sites)).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def measure(sites: int, options) -> Row:
+    model, x = Idle(sites), torch.ones(1)
+    params = lf.init(model, lf.LoRA(r=1))
+    seconds = alternately(
+        {"fcall": lambda: lf.fcall(model, params, x, strict=False)}, options.repeats
+    )
+    return {"what": f"fcall, {sites} sites", "µs/site": 1e6 * seconds["fcall"] / sites}
+
+
+def imports(options) -> Row:
+    def run(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    functions = {
+        "torch": lambda: run("import torch"),
+        "both": lambda: run("import torch, lora_func"),
+    }
+    seconds = alternately(functions, min(options.repeats, 10))
+    return {"what": "import", "s over torch": seconds["both"] - seconds["torch"]}
+
+
+def main() -> None:
+    options = parser_of(__doc__, sites=[50, 200, 800], repeats=100).parse_args()
+    rows = [measure(sites, options) for sites in tqdm(options.sites, unit="size")]
+    report("overhead", [*rows, imports(options)], ["µs/site"], options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""All benchmarks, one after another, each in a process of its own.
+
+    python -m nox -s bench
+
+Every benchmark prints a table and writes JSON and a plot into benchmarks/results; at the end the
+tables are printed once more, together.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+PLAN = [
+    ["steps"],
+    ["steps", "--width", "1024", "--rows", "1", "--tokens", "512", "--repeats", "7"],
+    ["steps", "--compiled", "1"],
+    ["sweeps"],
+    ["sweeps", "--width", "768", "--sizes", "32x8", "8x16", "8x128", "4x1024"],
+    ["memory"],
+    ["starts"],
+    ["overhead"],
+    ["files"],
+    ["checkpointing"],
+    ["quantised"],
+]
+
+
+def main() -> None:
+    tables = []
+    for name, *arguments in tqdm(PLAN, unit="benchmark"):
+        command = [sys.executable, str(HERE / f"{name}.py"), *arguments, *sys.argv[1:]]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        tables.append(done.stdout)
+    print(*tables, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The time of ``init`` where a weight is decomposed or data is looked at, against PEFT.
+
+    python -m nox -s bench -- starts
+
+One square linear layer for each width. EVA sees 4 batches of 1024 rows.
+"""
+
+import peft
+import torch
+from measuring import Row, alternately, parser_of, report
+from torch import nn
+from tqdm import tqdm
+
+import lora_func as lf
+
+OURS = {
+    "pissa": lf.PiSSA(r=16),
+    "pissa, 4 iterations": lf.PiSSA(r=16, niter=4),
+    "antipasto": lf.AntiPaSTO(r=16),
+    "eva": lf.EVA(r=16),
+}
+PEFT = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, 4 iterations": {"init_lora_weights": "pissa_niter_4"},
+    "eva": {"init_lora_weights": "eva"},
+}
+
+
+class Layer(nn.Module):
+    """A model as PEFT wants one: called with names, and asked for its device."""
+
+    def __init__(self, width: int, device: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(width, width, bias=False, device=device).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def measure(name: str, width: int, options) -> Row:
+    model = Layer(width, options.device)
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(1024, width, generator=generator)} for _ in range(4)]
+    data = [{"x": batch["x"].to(options.device)} for batch in data]
+
+    def ours() -> None:
+        with torch.no_grad():
+            lf.init(model, OURS[name], data=data if name in ("eva", "antipasto") else None)
+
+    def theirs() -> None:
+        config = peft.LoraConfig(r=16, target_modules=["layer"], **PEFT[name])
+        wrapped = peft.get_peft_model(Layer(width, options.device), config)
+        if name == "eva":
+            peft.initialize_lora_eva_weights(wrapped, data, show_progress_bar=False)
+
+    functions = {"ours": ours, "PEFT": theirs} if name in PEFT else {"ours": ours}
+    seconds = alternately(functions, options.repeats)
+    other = seconds.get("PEFT")
+    return {
+        "start": f"{name}, {width}",
+        "ours s": seconds["ours"],
+        "PEFT s": other,
+        "PEFT / ours": other and other / seconds["ours"],
+    }
+
+
+def main() -> None:
+    parser = parser_of(__doc__, widths=[1024, 4096], repeats=1, starts=[*OURS])
+    options = parser.parse_args()
+    todo = [(name, width) for width in options.widths for name in options.starts]
+    rows = [measure(*one, options) for one in tqdm(todo, unit="start")]
+    report("starts", rows, ["PEFT / ours"], options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A narrow product beside a frozen layer: the same numbers, and no memory of its width."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import CausalLMOutput
+
+import lora_func as lf
+from lora_func._linalg import cayley, skew
+from lora_func._products import beside
+from lora_func._weight import Affine
+from lora_func.variants import by_name
+from tests.cases import CASES, make_layer, random_like
+from tests.strategies import dims, seeds
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def random(g, *shape):
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def plain(x, W, down, up, between=lambda h: h, gain=1):
+    return F.linear(x, W.weight, W.bias) + gain * (between(x @ down.mT) @ up.mT)
+
+
+@given(
+    rows=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    d_in=dims,
+    d_out=dims,
+    bias=st.booleans(),
+    stack=st.booleans(),
+    steered=st.booleans(),
+    gained=st.booleans(),
+    seed=seeds,
+)
+def test_the_fused_form_has_the_plain_forms_derivatives(
+    rows, d_in, d_out, bias, stack, steered, gained, seed
+):
+    g = torch.Generator().manual_seed(seed)
+    front = (2,) if stack else ()
+    rows = [2, sum(rows)] if stack else rows
+    W = Affine(random(g, d_out, d_in), random(g, d_out) if bias else None)
+    leaves = [random(g, *rows, d_in), random(g, *front, 3, d_in), random(g, *front, d_out, 3)]
+    options = {"between": torch.sin} if steered else {}
+    options |= {"gain": random(g, *front, *(1,) * len(front), d_out)} if gained else {}
+    found = []
+    for form in (beside, plain):
+        x, down, up = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = form(x, W, down, up, **options)
+        first = torch.autograd.grad(y.sin().sum(), (x, down, up), create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), (x, down, up))
+        found.append((y, *first, *second))
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected)
+
+
+class Made(TorchDispatchMode):
+    """Collects the sizes of the tensors that operations make in memory of their own."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.sizes, self.alive = [], []
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage().data_ptr()
+                if storage not in self.known:
+                    self.known.add(storage)
+                    self.sizes.append(tensor.numel())
+                self.alive.append(tensor)
+        return result
+
+
+@pytest.mark.parametrize("cfg", [lf.LoRA(r=2), lf.PiSSA(r=2), lf.DeLoRA(r=2)], ids=repr)
+def test_a_step_makes_nothing_wide_beside_the_output_and_the_gradient(cfg):
+    layer, rows = nn.Linear(50, 70).requires_grad_(False), 40
+    params, x = lf.init(layer, cfg), torch.randn(rows, 50, requires_grad=True)
+    with Made() as made:
+        loss = lf.fcall(layer, params, x, loss_fn=lambda y, _: y[0, 0])
+        assert made.sizes.count(rows * 70) == 1
+    y = lf.fcall(layer, params, x)
+    gradient = torch.ones_like(y)
+    with Made(gradient) as made:
+        torch.autograd.grad(y, [x, *lf.partition(params)[0].values()], gradient)
+        assert made.sizes.count(rows * 50) == 1
+        assert rows * 70 not in made.sizes
+    assert loss.requires_grad
+
+
+def test_the_output_may_be_written_into():
+    layer = nn.Linear(3, 3).requires_grad_(False)
+    params, x = lf.init(layer, lf.LoRA(r=2)), torch.randn(2, 4, 3)
+
+    def ours(y, _):
+        return y.mul_(2).relu_().sum()
+
+    lf.fcall(layer, params, x, loss_fn=ours).backward()
+    assert params[".lora.B"].grad is not None
+
+
+def test_a_layer_that_is_not_frozen_gets_its_gradient():
+    layer = nn.Linear(3, 4)
+    with lf.adapted(layer, lf.init(layer, lf.LoRA(r=2))):
+        layer(torch.ones(2, 3)).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
+
+
+STACKING = [case for case in CASES if by_name(make_layer(case).variant.name).stacks]
+
+
+@pytest.mark.parametrize("case", STACKING, ids=repr)
+@given(d_in=dims, d_out=dims, seed=seeds, adapters=st.integers(1, 4), rows=st.integers(0, 3))
+def test_apply_takes_a_stack_where_the_variant_says_so(case, d_in, d_out, seed, adapters, rows):
+    layer = make_layer(case, d_in, d_out, r=1, seed=seed, scrambled=True)
+    g = torch.Generator().manual_seed(seed)
+    many = [
+        {**layer.leaves, **{k: random_like(v, g) for k, v in layer.trained.items()}}
+        for _ in range(adapters)
+    ]
+    stacked = {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}
+    x = random(g, adapters, rows, layer.x.shape[-1])
+    together = layer.variant.apply(layer.W, stacked, x)
+    alone = [layer.variant.apply(layer.W, own, x[k]) for k, own in enumerate(many)]
+    close(together, torch.stack(alone))
+
+
+@given(blocks=st.integers(1, 2), size=st.integers(2, 4), seed=seeds)
+def test_the_derivatives_of_cayley_are_those_of_the_solve(blocks, size, seed):
+    g = torch.Generator().manual_seed(seed)
+    upper = random(g, blocks, size * (size - 1) // 2).requires_grad_()
+
+    def rotation(upper):
+        return cayley(skew(upper))
+
+    def solved(upper):
+        X = skew(upper)
+        return torch.linalg.solve(torch.eye(size, dtype=X.dtype) - X, 2 * X)
+
+    close(rotation(upper), solved(upper))
+    reverse, forward = torch.func.jacrev, torch.func.jacfwd
+    for derivative in (reverse, forward):
+        close(derivative(rotation)(upper), reverse(solved)(upper))
+    # torch's own solve has wrong second derivatives of a forward mode
+    twice = reverse(reverse(solved))(upper)
+    for outer in (reverse, forward):
+        for inner in (reverse, forward):
+            close(outer(inner(rotation))(upper), twice)
+    assert torch.autograd.gradgradcheck(rotation, upper)
+
+
+def test_the_losses_of_a_sweep_make_one_gradient_of_the_logits():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 500).requires_grad_(False)
+
+        def forward(self, x, labels):
+            logits = self.head(x)
+            loss = F.cross_entropy(logits, labels)
+            return CausalLMOutput(loss=loss, logits=logits)
+
+    model, adapters = Model(), 8
+    stacked = lf.stack([lf.init(model, lf.LoRA(r=1), seed=seed) for seed in range(adapters)])
+    batch = {"x": torch.randn(2, 3), "labels": torch.tensor([3, 4])}
+    for loss_fn in (None, lambda output, batch: F.cross_entropy(output.logits, batch["labels"])):
+        losses = lf.vcall(model, stacked, batch, loss_fn=loss_fn, check="never")
+        with Made() as made:
+            losses.sum().backward()
+        # of log_softmax and of the joined rows, not one for each adapter
+        assert made.sizes.count(adapters * 2 * 500) <= 2
