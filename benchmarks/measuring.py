@@ -97,16 +97,18 @@ def training_step(
     return step
 
 
-def alternately(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median seconds of each function, called in turn; two rounds of warming up go before."""
+def alternately(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2
+) -> dict[str, float]:
+    """The median seconds of each function, called in turn, after some rounds of warming up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(repeats + 2):
+    for round_ in range(warmups + repeats):
         for name, function in functions.items():
             _synchronise()
             start = time.perf_counter()
             function()
             _synchronise()
-            if round_ >= 2:
+            if round_ >= warmups:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(times) for name, times in seconds.items()}
 

@@ -60,14 +60,16 @@ def main() -> None:
     rows: list[Row] = []
     for name in options.variants:
         ours, theirs = found[name, "ours", 1], found.get((name, "PEFT", 1))
-        row = {"variant": name, "MiB": ours["MiB"], "PEFT MiB": theirs and theirs["MiB"]}
-        rows.append(row | {"ours / PEFT": theirs and ours["MiB"] / theirs["MiB"]})
+        row: Row = {"variant": name, "MiB": ours["MiB"]}
+        if theirs and theirs["MiB"]:
+            row |= {"PEFT MiB": theirs["MiB"], "ours / PEFT": ours["MiB"] / theirs["MiB"]}
+        rows.append(row)
     report("memory", rows, ["ours / PEFT"], options)
     rows = [
         {"K": adapters, "MiB": found[sweep]["MiB"]} for sweep in sweeps for adapters in sweep[2:]
     ]
     for row in rows:
-        row["of K times one"] = row["MiB"] / (row["K"] * rows[0]["MiB"])
+        row["of K times one"] = row["MiB"] / (row["K"] * rows[0]["MiB"] or 1)
     report("memory-sweep", rows, ["of K times one"], options)
 
 

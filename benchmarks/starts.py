@@ -22,7 +22,7 @@ OURS = {
 PEFT = {
     "pissa": {"init_lora_weights": "pissa"},
     "pissa, 4 iterations": {"init_lora_weights": "pissa_niter_4"},
-    "eva": {"init_lora_weights": "eva"},
+    "eva": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
 }
 
 
@@ -52,10 +52,11 @@ def measure(name: str, width: int, options) -> Row:
         config = peft.LoraConfig(r=16, target_modules=["layer"], **PEFT[name])
         wrapped = peft.get_peft_model(Layer(width, options.device), config)
         if name == "eva":
-            peft.initialize_lora_eva_weights(wrapped, data, show_progress_bar=False)
+            nothing = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+            peft.initialize_lora_eva_weights(wrapped, data, show_progress_bar=False, **nothing)
 
     functions = {"ours": ours, "PEFT": theirs} if name in PEFT else {"ours": ours}
-    seconds = alternately(functions, options.repeats)
+    seconds = alternately(functions, options.repeats, warmups=0)
     other = seconds.get("PEFT")
     return {
         "start": f"{name}, {width}",

@@ -48,7 +48,7 @@ PAIRS = {
     "ssvd": (lf.SSVD(r=64), None),
     "antipasto": (lf.AntiPaSTO(r=16), None),
     "ssteer": (lf.SSteer(r=16), None),
-    "bitfit": (lf.BitFit(), None),
+    "bitfit": (lf.BitFit(target_modules=r"(q|k|v|o)_proj$"), None),
 }
 """Name -> our config and what makes PEFT's; None where PEFT has no such method."""
 

@@ -89,6 +89,9 @@ class OtherForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.base, *args, **kwargs)
 
+    def __deepcopy__(self, memo: object) -> "OtherForward":
+        return self
+
 
 def other_forward(module: nn.Module, path: str, run: Callable[..., Any]) -> Slot:
     """Say what to write where so that a module runs another forward.

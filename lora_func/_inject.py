@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_func._checkpoint import intercepted
-from lora_func._frozen import Forward, frozen_parameters, other_forward, run_base
+from lora_func._frozen import frozen_parameters, other_forward, run_base
 from lora_func._losses import losses_apart
 from lora_func._modules import PartOfCall, named_parameters, uncompiled
 from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
 from lora_func._rows import Part, Rows, run_parts, untouched
 from lora_func._running import Run, refuse_others, running
-from lora_func._sites import Replacement, leaves_of, parameter_slots, replacements, run_sites
+from lora_func._sites import Replacement, Solo, parameter_slots, replacements
 from lora_func._slots import Put, Slot
 from lora_func._transforms import (
     WhileNeeded,
@@ -122,7 +122,7 @@ class Injection:
         adapted = set()
         for module, path, sites in self._sites_by_module():
             adapted.add(id(module))
-            yield other_forward(module, path, partial(self._run, module, sites))
+            yield other_forward(module, path, self._run(module, sites))
         for path, reference in self.plans[0].quantised:
             frozen = reference()
             if frozen is not None and id(frozen) not in adapted:
@@ -143,29 +143,27 @@ class Injection:
                     here[2][i] = group
         return found.values()
 
-    def _run(
-        self,
-        module: nn.Module,
-        sites: Sequence[Sequence[Site]],
-        base: Forward,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        try:
-            if self.rows is None:
-                leaves = [leaves_of(site, self.adapters[0], self.unused[0]) for site in sites[0]]
-                return run_sites(sites[0], module, base, leaves, *args, **kwargs)
-            parts = [
-                Part(size, here, adapter, unread)
-                for size, here, adapter, unread in zip(
-                    self.rows.sizes, sites, self.adapters, self.unused, strict=True
-                )
-            ]
-            return run_parts(_path(sites), module, base, self.rows, parts, args, kwargs)
-        except Exception as error:
-            variants = {site.variant.name: None for here in sites for site in here}
-            error.add_note(f"in the {', '.join(variants)} adapter of {_path(sites)!r}")
-            raise
+    def _run(self, module: nn.Module, sites: Sequence[Sequence[Site]]) -> Callable[..., Any]:
+        """What runs the module with the adapters, given what it runs without them."""
+        run: Callable[..., Any]
+        if self.rows is None:
+            run = Solo(sites[0], module, self.adapters[0], self.unused[0])
+        else:
+            parts = [*map(Part, self.rows.sizes, sites, self.adapters, self.unused)]
+            run = partial(run_parts, _path(sites), module, self.rows, parts)
+        return partial(_noting, sites, run)
+
+
+def _noting(
+    sites: Sequence[Sequence[Site]], run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run an adapted module; whatever goes wrong there says where."""
+    try:
+        return run(*args, **kwargs)
+    except Exception as error:
+        variants = {site.variant.name: None for here in sites for site in here}
+        error.add_note(f"in the {', '.join(variants)} adapter of {_path(sites)!r}")
+        raise
 
 
 def _path(sites: Sequence[Sequence[Site]]) -> str:

@@ -1,4 +1,4 @@
-"""A frozen layer with a narrow product beside it, which leaves nothing wide behind."""
+"""What adapters do to a frozen layer's input and output, in as little memory as it takes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,22 +61,63 @@ def _add(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
     return y.addmm_(h, up.mT) if up.ndim == 2 else y.baddbmm_(h, up.mT)
 
 
+def gained(y: Tensor, more: Tensor) -> Tensor:
+    """Compute ``y + more * y``, whose gradient in y is then one tensor, and not the sum of two.
+
+    Args:
+        y: Shape (..., d).
+        more: What is added to a gain of one, shape (d,) or (K, 1, d).
+
+    Returns:
+        The shape and dtype of y.
+    """
+    more = more.to(y.dtype)
+    if not _is_alone(y):
+        return torch.addcmul(y, more, y)
+    fused: Tensor = _Gained.apply(y, more)  # type: ignore[no-untyped-call]
+    return fused
+
+
+def _is_alone(x: Tensor) -> bool:
+    """Whether nobody but autograd looks on."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and not torch.is_autocast_enabled(x.device.type)
+        and not transformed()
+    )
+
+
 def _is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
-    """Whether nobody but autograd looks on, and the layer is frozen."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or type(weight) not in _PLAIN:
-        return False
-    return not (
-        x.ndim < 2
-        or not x.is_contiguous()
-        or x.dtype != weight.dtype
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or torch.is_autocast_enabled(x.device.type)
-        or transformed()
+    """Whether, besides, the layer is frozen and dense, and the rows lie one after another."""
+    return (
+        _is_alone(x)
+        and type(weight) in _PLAIN
+        and x.ndim > 1
+        and x.is_contiguous()
+        and x.dtype == weight.dtype
+        and not weight.requires_grad
+        and not (bias is not None and bias.requires_grad)
     )
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+class _Gained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, more: Tensor) -> Tensor:
+        ctx.save_for_backward(y, more)
+        return torch.addcmul(y, more, y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        y, more = ctx.saved_tensors
+        of_y, of_more = ctx.needs_input_grad
+        return (
+            torch.addcmul(gradient, more, gradient) if of_y else None,
+            (gradient * y).sum_to_size(more.shape) if of_more else None,
+        )
 
 
 class _Beside(torch.autograd.Function):

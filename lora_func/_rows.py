@@ -53,22 +53,22 @@ class Part(NamedTuple):
 def run_parts(
     path: str,
     module: nn.Module,
-    frozen: Forward,
     rows: Rows,
     parts: Sequence[Part],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    frozen: Forward,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Run a module that several adapters share.
 
     Args:
         path: The module's path, for messages.
         module: The module.
-        frozen: What it runs without an adapter.
         rows: Whose rows are whose.
         parts: What each stack does there.
-        args: What the module is called with; every tensor has its rows first.
-        kwargs: The same.
+        frozen: What it runs without an adapter.
+        *args: What the module is called with; every tensor has its rows first.
+        **kwargs: The same.
 
     Returns:
         What the adapted module gives.
@@ -146,7 +146,7 @@ def _run_part(
         if not part.sites:
             return frozen(*args, **kwargs)
         leaves = [leaves_of(site, params) for site in part.sites]
-        return run_sites(part.sites, module, frozen, leaves, *args, **kwargs)
+        return run_sites(part.sites, module, leaves, frozen, *args, **kwargs)
 
     if not part.sites or runs_apply(part.sites, module):
         (x,) = values

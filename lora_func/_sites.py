@@ -24,10 +24,10 @@ def leaves_of(
         params: The adapter.
         unused: Keys, of which those are struck off that are read.
     """
-    leaves = {
-        leaf: params[key].detach() if leaf.startswith("_") else params[key]
-        for leaf, key in site.keys.items()
-    }
+    leaves = {leaf: params[key] for leaf, key in site.keys.items()}
+    for leaf in leaves:
+        if leaf[0] == "_":
+            leaves[leaf] = leaves[leaf].detach()
     if unused is None:
         return leaves
     return Watched(leaves, site.reads, unused)
@@ -36,8 +36,8 @@ def leaves_of(
 def run_sites(
     sites: Sequence[Site],
     module: nn.Module,
-    frozen: Forward,
     leaves: Sequence[Mapping[str, Tensor]],
+    frozen: Forward,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -46,8 +46,8 @@ def run_sites(
     Args:
         sites: The module's sites: one, or several of which each has parameters of its own.
         module: The module.
-        frozen: The module's own forward.
         leaves: The leaves of each site.
+        frozen: The module's own forward.
         *args: What the module was called with.
         **kwargs: The same.
 
@@ -63,6 +63,35 @@ def run_sites(
         replaced |= effective(site, module, own, of_it)
     with Put((own, name, tensor) for name, tensor in replaced.items()):
         return frozen(*args, **kwargs)
+
+
+class Solo:
+    """Runs a module with one adapter; an object, since the compiler writes into no loose set.
+
+    Attributes:
+        sites: The module's sites.
+        module: The module.
+        params: The adapter.
+        unused: Its keys, of which those are struck off that are read.
+    """
+
+    __slots__ = ("module", "params", "sites", "unused")
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        module: nn.Module,
+        params: Mapping[str, Tensor],
+        unused: set[str] | None,
+    ) -> None:
+        self.sites = sites
+        self.module = module
+        self.params = params
+        self.unused = unused
+
+    def __call__(self, frozen: Forward, *args: Any, **kwargs: Any) -> Any:
+        leaves = [leaves_of(site, self.params, self.unused) for site in self.sites]
+        return run_sites(self.sites, self.module, leaves, frozen, *args, **kwargs)
 
 
 def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:

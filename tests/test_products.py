@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import lora_func as lf
 from lora_func._linalg import cayley, skew
-from lora_func._products import beside
+from lora_func._products import beside, gained
 from lora_func._weight import Affine
 from lora_func.variants import by_name
 from tests.cases import CASES, make_layer, random_like
@@ -57,6 +57,21 @@ def test_the_fused_form_has_the_plain_forms_derivatives(
         first = torch.autograd.grad(y.sin().sum(), (x, down, up), create_graph=True)
         second = torch.autograd.grad(sum(t.square().sum() for t in first), (x, down, up))
         found.append((y, *first, *second))
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected)
+
+
+@given(rows=st.integers(0, 3), d=dims, stack=st.booleans(), seed=seeds)
+def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, seed):
+    g = torch.Generator().manual_seed(seed)
+    leaves = random(g, 2, rows, d), random(g, *((2, 1, d) if stack else (d,)))
+    found = []
+    for form in (gained, lambda y, more: y + more * y):
+        y, more = (leaf.clone().requires_grad_() for leaf in leaves)
+        out = form(y, more)
+        first = torch.autograd.grad(out.sin().sum(), (y, more), create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), (y, more))
+        found.append((out, *first, *second))
     for ours, expected in zip(*found, strict=True):
         close(ours, expected)
 

@@ -36,6 +36,7 @@ from lora_func._linalg import (
 )
 from lora_func._low_rank import LOW_RANK
 from lora_func._low_rank import apply as low_rank
+from lora_func._products import gained
 from lora_func._types import Variant
 from lora_func._weight import Weight, bias_of, dense, times
 
@@ -100,7 +101,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """
     y, b = low_rank(W, params, x), bias_of(W)
     more = along_rows(_gain(W, params) - 1).to(y.dtype)
-    return torch.addcmul(y, more, y if b is None else y - b.to(y.dtype))
+    y = gained(y, more)
+    return y if b is None else y - more * b.to(y.dtype)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

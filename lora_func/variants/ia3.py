@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 
 from lora_func._config import LinearConfig
 from lora_func._linalg import along_rows
+from lora_func._products import gained
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -54,8 +55,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    y = linear(x, W)
-    return torch.addcmul(y, along_rows(params["g"] - 1).to(y.dtype), y)
+    return gained(linear(x, W), along_rows(params["g"] - 1))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

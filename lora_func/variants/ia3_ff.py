@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 
 from lora_func._config import LinearConfig
 from lora_func._linalg import along_rows
+from lora_func._products import gained
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense, linear
 
@@ -54,7 +55,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return linear(torch.addcmul(x, along_rows(params["g"] - 1).to(x.dtype), x), W)
+    return linear(gained(x, along_rows(params["g"] - 1)), W)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

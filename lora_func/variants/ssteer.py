@@ -31,7 +31,7 @@ from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import Calibration, LinearConfig
 from lora_func._linalg import SINGULAR, at_least_float32, refuse_rank_above, svd
 from lora_func._products import beside
-from lora_func._types import ApplyFn, BiasFn, Variant, WeightFn
+from lora_func._types import BiasFn, Variant, WeightFn
 from lora_func._weight import Weight, dense
 
 _NAMES = {"scale": "ssteer", "exp": "ssteer_exp", "add": "ssteer_add", "ablate": "ssteer_ablate"}
@@ -153,15 +153,6 @@ def _gain(params: Mapping[str, Tensor]) -> Tensor:
     return S * (c * delta).clamp(-bound, bound).expm1()
 
 
-def _steered(steer: Callable[[Mapping[str, Tensor], Tensor], Tensor]) -> ApplyFn:
-    """The activation view, given the change in singular coordinates (..., r) -> (..., r)."""
-
-    def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return beside(x, W, params["_Vh"], params["_U"], partial(steer, params))
-
-    return apply
-
-
 def _by_gain(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
     return h * _gain(params).to(h.dtype)
 
@@ -195,24 +186,22 @@ def _bias_ablate(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
 
 
 def _variant(
-    mode: str, apply: ApplyFn, weight: WeightFn | None = None, bias: BiasFn | None = None
+    mode: str,
+    steer: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    weight: WeightFn | None = None,
+    bias: BiasFn | None = None,
 ) -> Variant:
-    return Variant(
-        name=_NAMES[mode],
-        config=SSteer,
-        init=init,
-        apply=apply,
-        weight=weight,
-        bias=bias,
-        observe=observe,
-        leaves={"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR},
-        pads=False,
-    )
+    def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return beside(x, W, params["_Vh"], params["_U"], partial(steer, params))
+
+    leaves = {"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR}
+    views = apply, weight, bias
+    return Variant(_NAMES[mode], SSteer, init, *views, observe=observe, leaves=leaves, pads=False)
 
 
 VARIANTS = (
-    _variant("scale", _steered(_by_gain), _weight_gain),
-    _variant("exp", _steered(_by_gain), _weight_gain),
-    _variant("add", _steered(_by_gate)),
-    _variant("ablate", _steered(_by_removal), _weight_ablate, _bias_ablate),
+    _variant("scale", _by_gain, _weight_gain),
+    _variant("exp", _by_gain, _weight_gain),
+    _variant("add", _by_gate),
+    _variant("ablate", _by_removal, _weight_ablate, _bias_ablate),
 )
