@@ -9,6 +9,8 @@ import torch
 from einops import einsum
 from torch import Generator, Tensor
 
+from lora_func._transforms import autocasts
+
 SINGULAR = {"_U": "d_out r", "_S": "r", "_Vh": "r d_in"}
 """The leaves of a variant that keeps singular triplets of the weight."""
 
@@ -20,8 +22,7 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the dtype of their operands."""
-    kind = t.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(t.device.type, enabled=False) if autocasts(t) else nullcontext()
 
 
 def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_func._transforms import transformed
+from lora_func._transforms import autocasts, transformed
 from lora_func._weight import Affine, Weight, linear
 
 
@@ -83,7 +83,7 @@ def _is_alone(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x)
         and not transformed()
     )
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_func._slots import Slot
@@ -120,6 +120,12 @@ def active_transforms() -> list[str]:
 def transformed() -> bool:
     """Whether any transform is active, also while compiling."""
     return bool(active_transforms()) or in_forward_mode()
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Tell whether autocast chooses the dtypes of products on a tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def compiled_attention() -> AbstractContextManager[Any]:

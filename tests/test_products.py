@@ -123,6 +123,16 @@ def test_the_output_may_be_written_into():
     assert params[".lora.B"].grad is not None
 
 
+@pytest.mark.parametrize(
+    "cfg", [lf.LoRA(r=2), lf.DoRA(r=2), lf.HRA(r=2)], ids=lambda cfg: cfg.variant
+)
+def test_shapes_are_found_without_memory(cfg):
+    layer = nn.Linear(4, 3).requires_grad_(False)
+    params = {key: leaf.to("meta") for key, leaf in lf.init(layer, cfg).items()}
+    y = lf.fcall(layer.to("meta"), params, torch.ones(2, 4, device="meta"))
+    assert (y.device.type, y.shape) == ("meta", (2, 3))
+
+
 def test_a_layer_that_is_not_frozen_gets_its_gradient():
     layer = nn.Linear(3, 4)
     with lf.adapted(layer, lf.init(layer, lf.LoRA(r=2))):
