@@ -23,6 +23,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import lora_func as lf
+
 mpl.use("Agg")
 
 VOCABULARY = 1000
@@ -95,6 +97,15 @@ def training_step(
         loss().backward()
 
     return step
+
+
+def trained_stack(model: torch.nn.Module, cfg: Any, adapters: int) -> dict[str, torch.Tensor]:
+    """A stack of adapters of several seeds, itself what is trained."""
+    each = [lf.init(model, cfg, seed=seed) for seed in range(adapters)]
+    return {
+        key: leaf.detach().requires_grad_(each[0][key].requires_grad)
+        for key, leaf in lf.stack(each).items()
+    }
 
 
 def alternately(

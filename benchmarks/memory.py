@@ -16,6 +16,7 @@ from measuring import (
     qwen3,
     report,
     tokens,
+    trained_stack,
     training_step,
     with_peft,
 )
@@ -36,8 +37,7 @@ def measure(name: str, side: str, adapters: int, options) -> Row:
     if side == "ours":
         step = training_step(params, lambda: lf.fcall(base, params, batch))
         return peak_of(lambda: lf.fcall(base, params, batch), step)
-    many = lf.stack([lf.init(base, ours, seed=seed) for seed in range(adapters)])
-    stack = {k: leaf.detach().requires_grad_(params[k].requires_grad) for k, leaf in many.items()}
+    stack = trained_stack(base, ours, adapters)
     step = training_step(stack, lambda: lf.vcall(base, stack, batch, check="never").sum())
     return peak_of(lambda: lf.fcall(base, params, batch), step)
 
@@ -65,9 +65,7 @@ def main() -> None:
             row |= {"PEFT MiB": theirs["MiB"], "ours / PEFT": ours["MiB"] / theirs["MiB"]}
         rows.append(row)
     report("memory", rows, ["ours / PEFT"], options)
-    rows = [
-        {"K": adapters, "MiB": found[sweep]["MiB"]} for sweep in sweeps for adapters in sweep[2:]
-    ]
+    rows = [{"K": sweep[2], "MiB": found[sweep]["MiB"]} for sweep in sweeps]
     for row in rows:
         row["of K times one"] = row["MiB"] / (row["K"] * rows[0]["MiB"] or 1)
     report("memory-sweep", rows, ["of K times one"], options)

@@ -8,7 +8,17 @@ ceiling: one adapter on K rows, which a sweep cannot beat. All take turns in one
 """
 
 import torch
-from measuring import Row, alternately, parser_of, qwen3, report, tokens, training_step, with_peft
+from measuring import (
+    Row,
+    alternately,
+    parser_of,
+    qwen3,
+    report,
+    tokens,
+    trained_stack,
+    training_step,
+    with_peft,
+)
 from steps import PAIRS
 from tqdm import tqdm
 
@@ -21,10 +31,7 @@ def measure(adapters: int, length: int, options) -> Row:
     batch = tokens(1, length, options.device)
     wide = tokens(adapters, length, options.device)
     params = lf.init(base, ours)
-    many = lf.stack([lf.init(base, ours, seed=seed) for seed in range(adapters)])
-    stacked = {
-        key: leaf.detach().requires_grad_(params[key].requires_grad) for key, leaf in many.items()
-    }
+    stacked = trained_stack(base, ours, adapters)
     other = with_peft(qwen3(options.width, options.layers, options.device), theirs())
     vmapped = torch.vmap(lf.fcall, in_dims=(None, 0, None))
     functions = {

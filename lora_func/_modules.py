@@ -95,7 +95,7 @@ class Structure(NamedTuple):
         return any(p.requires_grad for p in parameters if p is not None)
 
 
-def structure(model: nn.Module, forget: Callable[[object], None] | None = None) -> Structure:
+def structure(model: nn.Module, forget: Callable[[object], None]) -> Structure:
     """Read the structure of a model.
 
     Args:

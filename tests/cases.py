@@ -198,3 +198,13 @@ def make_layer(
         }
     x = torch.randn(*batch, d_in, generator=generator, dtype=torch.float64).to(dtype)
     return Layer(module, affine(module), by_config(cfg), leaves, x, r)
+
+
+def scrambled_stack(layer, adapters, seed):
+    """Adapters with random trained leaves: one by one, and stacked."""
+    generator = torch.Generator().manual_seed(seed)
+    many = [
+        {**layer.leaves, **{k: random_like(v, generator) for k, v in layer.trained.items()}}
+        for _ in range(adapters)
+    ]
+    return many, {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_func as lf
 from lora_func._weight import Affine, dense
-from tests.cases import CASES, Layers, make_layer, make_params, random_like
+from tests.cases import CASES, Layers, make_layer, make_params, random_like, scrambled_stack
 from tests.strategies import dims, layers, seeds
 
 LINEAR = [case for case in CASES if make_layer(case).variant.weight is not None]
@@ -131,12 +131,7 @@ def test_a_bare_weight_is_a_layer_without_bias(case, data):
 @given(d_in=dims, d_out=dims, seed=seeds, adapters=st.integers(1, 4))
 def test_vmap_over_a_stack_equals_the_loop(case, d_in, d_out, seed, adapters):
     layer = make_layer(case, d_in, d_out, r=1, seed=seed, scrambled=True)
-    generator = torch.Generator().manual_seed(seed)
-    many = [
-        {**layer.leaves, **{k: random_like(v, generator) for k, v in layer.trained.items()}}
-        for _ in range(adapters)
-    ]
-    stacked = {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}
+    many, stacked = scrambled_stack(layer, adapters, seed)
     close(torch.vmap(layer.apply)(stacked), torch.stack([layer.apply(leaves) for leaves in many]))
 
 

@@ -14,7 +14,7 @@ from lora_func._linalg import cayley, skew
 from lora_func._products import beside, gained
 from lora_func._weight import Affine
 from lora_func.variants import by_name
-from tests.cases import CASES, make_layer, random_like
+from tests.cases import CASES, make_layer, scrambled_stack
 from tests.strategies import dims, seeds
 
 
@@ -148,13 +148,8 @@ STACKING = [case for case in CASES if by_name(make_layer(case).variant.name).sta
 @given(d_in=dims, d_out=dims, seed=seeds, adapters=st.integers(1, 4), rows=st.integers(0, 3))
 def test_apply_takes_a_stack_where_the_variant_says_so(case, d_in, d_out, seed, adapters, rows):
     layer = make_layer(case, d_in, d_out, r=1, seed=seed, scrambled=True)
-    g = torch.Generator().manual_seed(seed)
-    many = [
-        {**layer.leaves, **{k: random_like(v, g) for k, v in layer.trained.items()}}
-        for _ in range(adapters)
-    ]
-    stacked = {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}
-    x = random(g, adapters, rows, layer.x.shape[-1])
+    many, stacked = scrambled_stack(layer, adapters, seed)
+    x = random(torch.Generator().manual_seed(seed), adapters, rows, layer.x.shape[-1])
     together = layer.variant.apply(layer.W, stacked, x)
     alone = [layer.variant.apply(layer.W, own, x[k]) for k, own in enumerate(many)]
     close(together, torch.stack(alone))
