@@ -134,7 +134,8 @@ def _run_part(
     values: list[Any],
     layout: Any,
 ) -> Any:
-    if not part.sites and not mixes_rows(module, path):
+    mixed = mixes_rows(module, path)
+    if not part.sites and not mixed:
         args, kwargs = tree_unflatten(values, layout)
         return frozen(*args, **kwargs)
     params = {key: part.params[key] for site in part.sites for key in site.keys.values()}
@@ -150,11 +151,7 @@ def _run_part(
 
     if not part.sites or runs_apply(part.sites, module):
         (x,) = values
-        if (
-            x.ndim > 1
-            and all(s.variant.stacks for s in part.sites)
-            and not mixes_rows(module, path)
-        ):
+        if x.ndim > 1 and not mixed and all(site.variant.stacks for site in part.sites):
             return _run_stack(part, module, x)
         y = torch.vmap(one, randomness="different")(params, x.unflatten(0, (part.size, share)))
         assert isinstance(y, Tensor)
