@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lora_func._batch import LossFn, arguments, result
 from lora_func._bitsandbytes import is_quantised
 from lora_func._config import AdapterConfig
-from lora_func._frozen import Forward, other_forward, run_base
+from lora_func._frozen import Forward, OtherForward, other_forward
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import quiet_slots
 from lora_func._slots import Put, Slot
@@ -133,17 +133,25 @@ class _Gather:
     def _slots(self, see: See) -> Iterator[Slot]:
         for path, module in self.model.named_modules():
             if path in self.observers:
-                yield other_forward(module, path, partial(_watching, path, see))
+                yield other_forward(module, path, _Watching, path, see)
             elif is_quantised(module):
-                yield other_forward(module, path, run_base)
+                yield other_forward(module, path, OtherForward)
 
 
-def _watching(site: str, see: See, frozen: Forward, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    (x,) = (*args, *kwargs.values())
-    y: Tensor = frozen(x)
-    with torch.autocast(x.device.type, enabled=False):
-        replaced = see(site, x, y)
-    return y if replaced is None else replaced
+class _Watching(OtherForward):
+    __slots__ = ("see", "site")
+
+    def __init__(self, frozen: Forward, base: Forward, site: str, see: See) -> None:
+        super().__init__(frozen, base)
+        self.site = site
+        self.see = see
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        y: Tensor = self.base(x)
+        with torch.autocast(x.device.type, enabled=False):
+            replaced = self.see(self.site, x, y)
+        return y if replaced is None else replaced
 
 
 def _version(x: Tensor) -> int:

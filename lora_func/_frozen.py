@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from torch import Tensor, nn
 
@@ -71,36 +71,37 @@ def refuse_unused(unused: Iterable[set[str] | None]) -> None:
 
 
 class OtherForward:
-    """What a module runs in the place of its own forward.
+    """What a module runs in the place of its own forward: what it runs without an adapter.
 
     Attributes:
         frozen: What stood in that place.
         base: What the module runs without an adapter: the same, but for a quantised layer.
-        run: Called with base and with what the module is called with.
     """
 
-    __slots__ = ("base", "frozen", "run")
+    __slots__ = ("base", "frozen")
 
-    def __init__(self, frozen: Forward, base: Forward, run: Callable[..., Any]) -> None:
+    def __init__(self, frozen: Forward, base: Forward) -> None:
         self.frozen = frozen
         self.base = base
-        self.run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.base, *args, **kwargs)
+        return self.base(*args, **kwargs)
 
-    def __deepcopy__(self, memo: object) -> "OtherForward":
+    def __deepcopy__(self, memo: object) -> Self:
         return self
 
 
-def other_forward(module: nn.Module, path: str, run: Callable[..., Any]) -> Slot:
+def other_forward(
+    module: nn.Module, path: str, kind: Callable[..., OtherForward], *settings: Any
+) -> Slot:
     """Say what to write where so that a module runs another forward.
 
     Args:
         module: The module.
         path: Its path, for messages.
-        run: What it runs; called with what the module runs without an adapter, and then with what
-            the module is called with.
+        kind: What it runs, made from what stood there, from what the module runs without an
+            adapter, and from the settings.
+        *settings: The settings.
 
     Returns:
         The slot.
@@ -120,12 +121,7 @@ def other_forward(module: nn.Module, path: str, run: Callable[..., Any]) -> Slot
             "bypassed; remove that, or leave an adapted site out of the adapter"
         )
     base = partial(_run_quantised, path, module) if is_quantised(module) else found
-    return own, slot, OtherForward(found, base, run)
-
-
-def run_base(base: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Run what the module runs without an adapter."""
-    return base(*args, **kwargs)
+    return own, slot, kind(found, base, *settings)
 
 
 def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:

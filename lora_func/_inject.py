@@ -1,10 +1,9 @@
 """Putting adapters into a live model for the length of a call, and taking them out again."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_func._checkpoint import intercepted
-from lora_func._frozen import frozen_parameters, other_forward, run_base
+from lora_func._frozen import OtherForward, frozen_parameters, other_forward
 from lora_func._losses import losses_apart
 from lora_func._modules import PartOfCall, named_parameters, uncompiled
 from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
-from lora_func._rows import Part, Rows, run_parts, untouched
+from lora_func._replacements import Replacement, parameter_slots, replacements
+from lora_func._rows import Part, Rows, Together, Untouched
 from lora_func._running import Run, refuse_others, running
-from lora_func._sites import Replacement, Solo, parameter_slots, replacements
+from lora_func._sites import Solo
 from lora_func._slots import Put, Slot
 from lora_func._transforms import (
     WhileNeeded,
@@ -119,55 +119,40 @@ class Injection:
             yield from transformable(self.model)
 
     def _slots(self) -> Iterator[Slot]:
-        adapted = set()
-        for module, path, sites in self._sites_by_module():
+        rows, adapted = self.rows, set()
+        runs = self._alone() if rows is None else self._together(rows)
+        for module, path, kind, *settings in runs:
             adapted.add(id(module))
-            yield other_forward(module, path, self._run(module, sites))
+            yield other_forward(module, path, kind, *settings)
         for path, reference in self.plans[0].quantised:
             frozen = reference()
-            if frozen is not None and id(frozen) not in adapted:
-                run = run_base if self.rows is None else partial(untouched, path, frozen, self.rows)
-                yield other_forward(frozen, path, run)
+            if frozen is None or id(frozen) in adapted:
+                continue
+            if rows is None:
+                yield other_forward(frozen, path, OtherForward)
+            else:
+                yield other_forward(frozen, path, Untouched, path, frozen, rows)
         yield from parameter_slots(self.replaced, self.unused[0])
 
-    def _sites_by_module(self) -> Iterable[tuple[nn.Module, str, list[Sequence[Site]]]]:
-        """The modules that run another forward, with their paths and every adapter's sites."""
-        found: dict[int, tuple[nn.Module, str, list[Sequence[Site]]]] = {}
+    def _alone(self) -> Iterator[tuple[Any, ...]]:
+        """What ``other_forward`` takes, for each module that runs one adapter."""
+        (plan,), (params,), (unused,) = self.plans, self.adapters, self.unused
+        for sites in plan.groups:
+            if not sites[0].everywhere:
+                module = sites[0].module()
+                yield module, sites[0].path, Solo, module, sites, params, unused
+
+    def _together(self, rows: Rows) -> Iterator[tuple[Any, ...]]:
+        """The same, for each module that runs several."""
+        found: dict[Any, list[Sequence[Site]]] = {}
         for i, plan in enumerate(self.plans):
-            for group in plan.groups:
-                module = group[0].module()
-                assert module is not None
-                if self.rows is not None or not group[0].everywhere:
-                    nobody: list[Sequence[Site]] = [()] * len(self.plans)
-                    here = found.setdefault(id(module), (module, group[0].path, nobody))
-                    here[2][i] = group
-        return found.values()
-
-    def _run(self, module: nn.Module, sites: Sequence[Sequence[Site]]) -> Callable[..., Any]:
-        """What runs the module with the adapters, given what it runs without them."""
-        run: Callable[..., Any]
-        if self.rows is None:
-            run = Solo(sites[0], module, self.adapters[0], self.unused[0])
-        else:
-            parts = [*map(Part, self.rows.sizes, sites, self.adapters, self.unused)]
-            run = partial(run_parts, _path(sites), module, self.rows, parts)
-        return partial(_noting, sites, run)
-
-
-def _noting(
-    sites: Sequence[Sequence[Site]], run: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Run an adapted module; whatever goes wrong there says where."""
-    try:
-        return run(*args, **kwargs)
-    except Exception as error:
-        variants = {site.variant.name: None for here in sites for site in here}
-        error.add_note(f"in the {', '.join(variants)} adapter of {_path(sites)!r}")
-        raise
-
-
-def _path(sites: Sequence[Sequence[Site]]) -> str:
-    return ", ".join({site.path: None for here in sites for site in here})
+            for sites in plan.groups:
+                nobody: list[Sequence[Site]] = [()] * len(self.plans)
+                found.setdefault(sites[0].module(), nobody)[i] = sites
+        for module, of_all in found.items():
+            path = ", ".join({site.path: None for sites in of_all for site in sites})
+            parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
+            yield module, path, Together, path, module, rows, parts
 
 
 def injection(

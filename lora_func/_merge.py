@@ -11,7 +11,7 @@ from lora_func._bitsandbytes import is_quantised
 from lora_func._frozen import frozen_parameters, refuse_unused, shared_parameters
 from lora_func._modules import uncompiled
 from lora_func._plan import Site, plan_of
-from lora_func._sites import Replacement, replacements
+from lora_func._replacements import Replacement, replacements
 from lora_func._weight import affine, dense
 
 

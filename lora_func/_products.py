@@ -38,7 +38,7 @@ def beside(
     down, up = down.to(x.dtype), up.to(x.dtype)
     weight: Any
     weight, bias = W if isinstance(W, Affine) else (W, None)
-    plain = _is_plain(x, weight, bias)
+    plain = is_plain(x, weight, bias)
     if plain and between is None and gain is None:
         fused: Tensor = _Beside.apply(x, weight, bias, down, up)  # type: ignore[no-untyped-call]
         return fused
@@ -88,8 +88,19 @@ def _is_alone(x: Tensor) -> bool:
     )
 
 
-def _is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
-    """Whether, besides, the layer is frozen and dense, and the rows lie one after another."""
+def is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
+    """Tell whether autograd alone looks on, at a frozen and dense layer and at rows in a row.
+
+    There a product may be an autograd function of its own, and write into what it has made.
+
+    Args:
+        x: The layer's input.
+        weight: Its weight.
+        bias: Its bias.
+
+    Returns:
+        Whether it is so.
+    """
     return (
         _is_alone(x)
         and type(weight) in _PLAIN
@@ -113,11 +124,11 @@ class _Gained(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y, more = ctx.saved_tensors
-        of_y, of_more = ctx.needs_input_grad
-        return (
-            torch.addcmul(gradient, more, gradient) if of_y else None,
-            (gradient * y).sum_to_size(more.shape) if of_more else None,
-        )
+        if torch.is_grad_enabled():
+            return torch.addcmul(gradient, more, gradient), (gradient * y).sum_to_size(more.shape)
+        product = gradient * y
+        of_more = product.sum_to_size(more.shape)
+        return torch.addcmul(gradient, more, gradient, out=product), of_more
 
 
 class _Beside(torch.autograd.Function):

@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_func._bitsandbytes import mixes_rows
 from lora_func._errors import FoldError
-from lora_func._frozen import Forward
+from lora_func._frozen import Forward, OtherForward
 from lora_func._plan import Site
 from lora_func._selection import refuse_selected
-from lora_func._sites import leaves_of, run_sites, runs_apply
+from lora_func._sites import leaves_of, named, run_sites, runs_apply
 from lora_func._trees import joined, tensors_of
 from lora_func._weight import affine
 
@@ -50,66 +50,79 @@ class Part(NamedTuple):
     unused: set[str] | None
 
 
-def run_parts(
-    path: str,
-    module: nn.Module,
-    rows: Rows,
-    parts: Sequence[Part],
-    frozen: Forward,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Run a module that several adapters share.
+class Together(OtherForward):
+    """Runs a module that several adapters share; every tensor it is called with has its rows first.
 
-    Args:
+    Attributes:
         path: The module's path, for messages.
         module: The module.
         rows: Whose rows are whose.
         parts: What each stack does there.
-        frozen: What it runs without an adapter.
-        *args: What the module is called with; every tensor has its rows first.
-        **kwargs: The same.
-
-    Returns:
-        What the adapted module gives.
-
-    Raises:
-        FoldError: If the rows cannot be told apart.
     """
-    values, layout = tree_flatten((args, kwargs))
-    refuse_selected(path, values)
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
-    share = _rows_of_one(path, [values[i] for i in places], rows)
-    sizes = [part.size * share for part in parts]
-    pieces = {i: values[i].split(sizes) for i in places} if len(parts) > 1 else {}
-    outputs = []
-    for j, part in enumerate(parts):
-        mine = [pieces[i][j] if i in pieces else value for i, value in enumerate(values)]
-        outputs.append(_run_part(path, part, module, frozen, share, mine, layout))
-    return _joined(outputs)
+
+    __slots__ = ("module", "parts", "path", "rows")
+
+    def __init__(
+        self,
+        frozen: Forward,
+        base: Forward,
+        path: str,
+        module: nn.Module,
+        rows: Rows,
+        parts: Sequence[Part],
+    ) -> None:
+        super().__init__(frozen, base)
+        self.path = path
+        self.module = module
+        self.rows = rows
+        self.parts = parts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run(*tree_flatten((args, kwargs)))
+        except Exception as error:
+            error.add_note(f"in the {named(site for part in self.parts for site in part.sites)}")
+            raise
+
+    def _run(self, values: list[Any], layout: Any) -> Any:
+        refuse_selected(self.path, values)
+        places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
+        share = _rows_of_one(self.path, [values[i] for i in places], self.rows)
+        sizes = [part.size * share for part in self.parts]
+        pieces = {i: values[i].split(sizes) for i in places} if len(self.parts) > 1 else {}
+        outputs = []
+        for j, part in enumerate(self.parts):
+            mine = [pieces[i][j] if i in pieces else value for i, value in enumerate(values)]
+            outputs.append(_run_part(self.path, part, self.module, self.base, share, mine, layout))
+        return _joined(outputs)
 
 
-def untouched(
-    path: str, module: nn.Module, rows: Rows, frozen: Forward, *args: Any, **kwargs: Any
-) -> Any:
-    """Run a quantised module that several adapters run through and none changes.
+class Untouched(OtherForward):
+    """Runs a quantised module that several adapters run through and none changes.
 
-    Args:
+    Attributes:
         path: The module's path, for messages.
         module: The module.
         rows: Whose rows are whose.
-        frozen: What it runs without an adapter.
-        *args: What the module is called with.
-        **kwargs: The same.
-
-    Returns:
-        What it gives.
     """
-    (x,) = (*args, *kwargs.values())
-    shared = not x.ndim or x.shape[0] % max(rows.adapters * rows.batch, 1)
-    if shared or not mixes_rows(module, path):
-        return frozen(x)
-    return torch.vmap(frozen)(x.unflatten(0, (rows.adapters, -1))).flatten(0, 1)
+
+    __slots__ = ("module", "path", "rows")
+
+    def __init__(
+        self, frozen: Forward, base: Forward, path: str, module: nn.Module, rows: Rows
+    ) -> None:
+        super().__init__(frozen, base)
+        self.path = path
+        self.module = module
+        self.rows = rows
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        adapters = self.rows.adapters
+        shared = not x.ndim or x.shape[0] % max(adapters * self.rows.batch, 1)
+        if shared or not mixes_rows(self.module, self.path):
+            return self.base(x)
+        return torch.vmap(self.base)(x.unflatten(0, (adapters, -1))).flatten(0, 1)
 
 
 def _rows_of_one(path: str, tensors: Sequence[Tensor], rows: Rows) -> int:

@@ -1,15 +1,14 @@
 """How an adapted site computes."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_func._bitsandbytes import is_quantised
-from lora_func._frozen import Forward, Watched, frozen_parameters, shared_parameters
+from lora_func._frozen import Forward, OtherForward, Watched, frozen_parameters
 from lora_func._plan import Site
-from lora_func._slots import Put, Slot
+from lora_func._slots import Put
 from lora_func._views import new_bias, new_weight
 from lora_func._weight import affine, bias_name, dense, is_stack, matrix, refuse_computed, stored
 
@@ -65,12 +64,12 @@ def run_sites(
         return frozen(*args, **kwargs)
 
 
-class Solo:
+class Solo(OtherForward):
     """Runs a module with one adapter; an object, since the compiler writes into no loose set.
 
     Attributes:
-        sites: The module's sites.
         module: The module.
+        sites: Its sites.
         params: The adapter.
         unused: Its keys, of which those are struck off that are read.
     """
@@ -79,19 +78,34 @@ class Solo:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        frozen: Forward,
+        base: Forward,
         module: nn.Module,
+        sites: Sequence[Site],
         params: Mapping[str, Tensor],
         unused: set[str] | None,
     ) -> None:
-        self.sites = sites
+        self.frozen = frozen
+        self.base = base
         self.module = module
+        self.sites = sites
         self.params = params
         self.unused = unused
 
-    def __call__(self, frozen: Forward, *args: Any, **kwargs: Any) -> Any:
-        leaves = [leaves_of(site, self.params, self.unused) for site in self.sites]
-        return run_sites(self.sites, self.module, leaves, frozen, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            leaves = [leaves_of(site, self.params, self.unused) for site in self.sites]
+            return run_sites(self.sites, self.module, leaves, self.base, *args, **kwargs)
+        except Exception as error:
+            error.add_note(f"in the {named(self.sites)}")
+            raise
+
+
+def named(sites: Iterable[Site]) -> str:
+    """Name the adapters of a module, for messages."""
+    variants = {site.variant.name: None for site in sites}
+    paths = {site.path: None for site in sites}
+    return f"{', '.join(variants)} adapter of {', '.join(paths)!r}"
 
 
 def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
@@ -100,56 +114,6 @@ def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
     plain = type(module) is nn.Linear or is_quantised(module)
     own = site.variant.parameters is None or plain
     return site.parameter is None and own and not more
-
-
-class Replacement(NamedTuple):
-    """Parameters of one module that are others for a whole call.
-
-    Attributes:
-        module: The module.
-        new: The new ones, by name.
-        reads: The keys that reading one of them uses.
-    """
-
-    module: nn.Module
-    new: dict[str, Tensor]
-    reads: dict[str, set[str]]
-
-
-def replacements(
-    model: nn.Module, sites: Iterable[Site], params: Mapping[str, Tensor]
-) -> tuple[Replacement, ...]:
-    """Compute the parameters with which a model does what it does with an adapter.
-
-    Args:
-        model: The model; a parameter that several modules share is replaced in each of them, where
-            the site is one that replaces it everywhere.
-        sites: The sites.
-        params: The adapter.
-
-    Returns:
-        What is replaced in each module.
-
-    Raises:
-        TypeError: If a variant has no weight to put there.
-        ValueError: If a leaf has not its parameter's shape.
-    """
-    changed: dict[int, Replacement] = {}
-    places = shared_parameters(model)
-    for site in sites:
-        module = site.module()
-        assert module is not None
-        own, unread = frozen_parameters(module), {*site.keys.values()}
-        base = dense_parameters(site.path, module)
-        leaves = leaves_of(site, params, None if torch.compiler.is_compiling() else unread)
-        for name, tensor in effective(site, module, base, leaves).items():
-            own_leaf = site.variant.parameters is not None
-            read = {site.keys[name]} if own_leaf else {*site.keys.values()} - unread
-            here = [(module, name)]
-            for holder, alias in places.get(id(own[name]), here) if site.everywhere else here:
-                found = changed.setdefault(id(holder), Replacement(holder, {}, {}))
-                found.new[alias], found.reads[alias] = tensor, read
-    return tuple(changed.values())
 
 
 def dense_parameters(path: str, module: nn.Module) -> dict[str, Any]:
@@ -167,24 +131,6 @@ def dense_parameters(path: str, module: nn.Module) -> dict[str, Any]:
     if is_quantised(module):
         base["weight"] = dense(affine(module, path))
     return base
-
-
-def parameter_slots(replaced: Iterable[Replacement], unused: set[str] | None) -> Iterator[Slot]:
-    """Say what to write where for parameters that are replaced for a whole call.
-
-    Args:
-        replaced: What is replaced.
-        unused: Keys, of which those are struck off that are read.
-
-    Yields:
-        Slots.
-    """
-    for module, new, reads in replaced:
-        own = frozen_parameters(module)
-        if unused is None:
-            yield from ((module._parameters, name, tensor) for name, tensor in new.items())
-        else:
-            yield vars(module), "_parameters", Watched({**own, **new}, reads, unused, own)
 
 
 def effective(

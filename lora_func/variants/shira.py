@@ -10,8 +10,9 @@ References:
     https://arxiv.org/abs/2406.13175, section 3. Code: huggingface/peft ``tuners/shira``.
 
 Deviations: PEFT, which has the random mask and takes functions for others, adds D to a copy of the
-weight where it can; ours is always a second product, x Dᵀ. The paper's structured mask is not
-offered. Positions are kept, row by row, as a constant; without them the values mean nothing.
+weight where it can; ours is a second product, x Dᵀ, which rounds no D to the weight's dtype. The
+paper's structured mask is not offered. Positions are kept, row by row, as a constant; without them
+the values mean nothing.
 """
 
 from collections.abc import Mapping
@@ -22,9 +23,10 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_choice
 from lora_func._config import Calibration, RankConfig
+from lora_func._entries import beside_entries, matrix_of
 from lora_func._linalg import at_least_float32
 from lora_func._types import Variant
-from lora_func._weight import Affine, Weight, dense, linear
+from lora_func._weight import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +105,13 @@ def _chosen(W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None, n
     return score.flatten().abs().topk(nnz).indices
 
 
-def _delta(W: Weight, params: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    rows, columns = params["_indices"].long()
-    values = params["values"].to(dtype)
-    return values.new_zeros(W.shape).index_put((rows, columns), values)
-
-
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W + D)``; ``linear(x, W) + x Dᵀ`` where the sum would round D.
+    """Compute ``linear(x, W) + x Dᵀ``.
 
     Returns:
         Shape (..., d_out).
     """
-    frozen, b = (W.weight, W.bias) if isinstance(W, Affine) else (W, None)
-    values = params["values"].dtype
-    if isinstance(frozen, Tensor) and torch.promote_types(values, frozen.dtype) == frozen.dtype:
-        return linear(x, Affine(weight(W, params), b))
-    return linear(x, W) + linear(x, _delta(W, params, x.dtype))
+    return beside_entries(x, W, params["values"], params["_indices"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -129,8 +121,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    rows, columns = params["_indices"].long()
-    return W.index_put((rows, columns), params["values"].to(W.dtype), accumulate=True)
+    return W + matrix_of(params["values"].to(W.dtype), params["_indices"], W.shape)
 
 
 def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
@@ -151,4 +142,5 @@ VARIANT = Variant(
     observe=observe,
     delta_norm=delta_norm,
     leaves={"values": "nnz", "_indices": "2 nnz"},
+    stacks=True,
 )
