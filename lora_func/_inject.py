@@ -119,31 +119,24 @@ class Injection:
             yield from transformable(self.model)
 
     def _slots(self) -> Iterator[Slot]:
-        rows, adapted = self.rows, set()
-        runs = self._alone() if rows is None else self._together(rows)
-        for module, path, kind, *settings in runs:
-            adapted.add(id(module))
-            yield other_forward(module, path, kind, *settings)
+        rows = self.rows
         for path, reference in self.plans[0].quantised:
-            frozen = reference()
-            if frozen is None or id(frozen) in adapted:
-                continue
-            if rows is None:
-                yield other_forward(frozen, path, OtherForward)
-            else:
-                yield other_forward(frozen, path, Untouched, path, frozen, rows)
+            module = reference()
+            if module is not None and rows is None:
+                yield other_forward(module, path, OtherForward)
+            elif module is not None:
+                yield other_forward(module, path, Untouched, path, module, rows)
+        yield from self._alone() if rows is None else self._together(rows)
         yield from parameter_slots(self.replaced, self.unused[0])
 
-    def _alone(self) -> Iterator[tuple[Any, ...]]:
-        """What ``other_forward`` takes, for each module that runs one adapter."""
+    def _alone(self) -> Iterator[Slot]:
         (plan,), (params,), (unused,) = self.plans, self.adapters, self.unused
         for sites in plan.groups:
-            if not sites[0].everywhere:
-                module = sites[0].module()
-                yield module, sites[0].path, Solo, module, sites, params, unused
+            path, module = sites[0].path, sites[0].module()
+            if module is not None and not sites[0].everywhere:
+                yield other_forward(module, path, Solo, module, sites, params, unused)
 
-    def _together(self, rows: Rows) -> Iterator[tuple[Any, ...]]:
-        """The same, for each module that runs several."""
+    def _together(self, rows: Rows) -> Iterator[Slot]:
         found: dict[Any, list[Sequence[Site]]] = {}
         for i, plan in enumerate(self.plans):
             for sites in plan.groups:
@@ -152,7 +145,7 @@ class Injection:
         for module, of_all in found.items():
             path = ", ".join({site.path: None for sites in of_all for site in sites})
             parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
-            yield module, path, Together, path, module, rows, parts
+            yield other_forward(module, path, Together, path, module, rows, parts)
 
 
 def injection(

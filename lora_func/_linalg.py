@@ -36,20 +36,6 @@ def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
     return drawn.uniform_(-bound, bound, generator=generator)
 
 
-def scaled(B: Tensor, scale: Tensor) -> Tensor:
-    """Multiply by a scale, where it is precise: on the activations it could overflow in float16.
-
-    Args:
-        B: Shape (..., d_out, r).
-        scale: The factor of each matrix, shape (...).
-
-    Returns:
-        The shape and dtype of B.
-    """
-    scale = scale.to(B.dtype)
-    return B * (scale[..., None, None] if scale.ndim else scale)
-
-
 def along_rows(leaf: Tensor) -> Tensor:
     """Lay a leaf (d,), or (K, d) of K adapters, along the rows of activations (..., d)."""
     return leaf if leaf.ndim == 1 else leaf[:, None]

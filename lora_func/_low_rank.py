@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lora_func._linalg import low_rank_norm, scaled
+from lora_func._linalg import low_rank_norm
 from lora_func._products import beside
 from lora_func._weight import Weight, dense
 
@@ -18,7 +18,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return beside(x, W, params["A"], scaled(params["B"], params["_scale"]))
+    return beside(x, W, params["A"], params["B"], scale=params["_scale"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

@@ -18,8 +18,9 @@ def beside(
     up: Tensor,
     between: Callable[[Tensor], Tensor] | None = None,
     gain: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``x Wᵀ + b + gain * (between(x downᵀ) upᵀ)`` in the dtype of x.
+    """Compute ``x Wᵀ + b + gain * scale * (between(x downᵀ) upᵀ)`` in the dtype of x.
 
     Where autograd alone looks on, the second product is added to the first in its own memory, and
     so are their gradients in x.
@@ -31,17 +32,21 @@ def beside(
         up: Shape (d_out, r), or (K, d_out, r).
         between: What happens in the narrow place, (..., r) -> (..., r); nothing if left out.
         gain: Of each output of the second product, shape (d_out,) or (K, 1, d_out); 1 if left out.
+        scale: Of the second product, shape () or (K,); 1 if left out.
 
     Returns:
         Shape (..., d_out).
     """
+    if x.dtype.itemsize < 4:  # on the activations it could overflow, and is less precise
+        up, scale = scaled(up, scale), None
     down, up = down.to(x.dtype), up.to(x.dtype)
     weight: Any
     weight, bias = W if isinstance(W, Affine) else (W, None)
     plain = is_plain(x, weight, bias)
     if plain and between is None and gain is None:
-        fused: Tensor = _Beside.apply(x, weight, bias, down, up)  # type: ignore[no-untyped-call]
+        fused: Tensor = _Beside.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
         return fused
+    up = scaled(up, scale)
     rows = _rows(x, down) if plain else x
     y, h = linear(rows, W), rows @ down.mT
     h = h if between is None else between(h).to(h.dtype)
@@ -51,6 +56,14 @@ def beside(
         return y + added if gain is None else torch.addcmul(y, added, gain)
     y = _add(y, h, up) if gain is None else y.addcmul_(h @ up.mT, gain)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def scaled(t: Tensor, scale: Tensor | None) -> Tensor:
+    """Multiply matrices (..., n, m) by a scale each, shape (...), which may be left out."""
+    if scale is None:
+        return t
+    scale = scale.to(t.dtype)
+    return t * (scale[..., None, None] if scale.ndim else scale)
 
 
 def _rows(x: Tensor, down: Tensor) -> Tensor:
@@ -127,18 +140,25 @@ class _Gained(torch.autograd.Function):
         if torch.is_grad_enabled():
             return torch.addcmul(gradient, more, gradient), (gradient * y).sum_to_size(more.shape)
         product = gradient * y
-        of_more = product.sum_to_size(more.shape)
+        # of a single row the sum is the product itself
+        of_more = product.sum_to_size(more.shape).clone()
         return torch.addcmul(gradient, more, gradient, out=product), of_more
 
 
 class _Beside(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: Tensor | None,
     ) -> Tensor:
         rows = _rows(x, down)
-        h = down @ rows.mT
-        ctx.save_for_backward(x, weight, down, up, h)
+        h = scaled(down @ rows.mT, scale)
+        ctx.save_for_backward(x, weight, down, up, scale, h)
         y = F.linear(x.flatten(0, -2), weight, bias)
         _add(y.view(*rows.shape[:-1], len(weight)), h.mT, up)
         # autograd lets nobody write into a view that comes out of a Function
@@ -147,18 +167,19 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, h = ctx.saved_tensors
+        x, weight, down, up, scale, h = ctx.saved_tensors
         rows = _rows(x, down)
         of_x = of_down = of_up = None
         of_y = of_y.reshape(*rows.shape[:-1], len(weight))
-        of_h = up.mT @ of_y.mT
+        of_h = scaled(up.mT @ of_y.mT, scale)
         if ctx.needs_input_grad[4]:
             # h is no input, and has no derivative of its own
-            of_up = ((down @ rows.mT if torch.is_grad_enabled() else h) @ of_y).mT
+            h = scaled(down @ rows.mT, scale) if torch.is_grad_enabled() else h
+            of_up = (h @ of_y).mT
         if ctx.needs_input_grad[3]:
             of_down = of_h @ rows
         if ctx.needs_input_grad[0]:
             of_x = of_h.mT @ down
             of_x.flatten(0, -2).addmm_(of_y.flatten(0, -2), weight)
             of_x = of_x.view(x.shape)
-        return of_x, None, None, of_down, of_up
+        return of_x, None, None, of_down, of_up, None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_func as lf
 from lora_func._config import AdapterConfig
@@ -208,3 +209,23 @@ def scrambled_stack(layer, adapters, seed):
         for _ in range(adapters)
     ]
     return many, {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}
+
+
+class Made(TorchDispatchMode):
+    """Collects the sizes of the tensors that operations make in memory of their own."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.sizes, self.alive = [], []
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage().data_ptr()
+                if storage not in self.known:
+                    self.known.add(storage)
+                    self.sizes.append(tensor.numel())
+                self.alive.append(tensor)
+        return result

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_func._linalg import kaiming_uniform, low_rank_norm, scaled
+from lora_func._linalg import kaiming_uniform, low_rank_norm
+from lora_func._products import scaled
 from tests.strategies import dims, seeds
 
 

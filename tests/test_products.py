@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutput
 
 import lora_func as lf
@@ -14,7 +13,7 @@ from lora_func._linalg import cayley, skew
 from lora_func._products import beside, gained
 from lora_func._weight import Affine
 from lora_func.variants import by_name
-from tests.cases import CASES, make_layer, scrambled_stack
+from tests.cases import CASES, Made, make_layer, scrambled_stack
 from tests.strategies import dims, seeds
 
 
@@ -74,26 +73,6 @@ def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, seed):
         found.append((out, *first, *second))
     for ours, expected in zip(*found, strict=True):
         close(ours, expected)
-
-
-class Made(TorchDispatchMode):
-    """Collects the sizes of the tensors that operations make in memory of their own."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.sizes, self.alive = [], []
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage().data_ptr()
-                if storage not in self.known:
-                    self.known.add(storage)
-                    self.sizes.append(tensor.numel())
-                self.alive.append(tensor)
-        return result
 
 
 @pytest.mark.parametrize("cfg", [lf.LoRA(r=2), lf.PiSSA(r=2), lf.DeLoRA(r=2)], ids=repr)

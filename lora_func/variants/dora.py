@@ -32,11 +32,11 @@ from lora_func._linalg import (
     at_least_float32,
     kaiming_uniform,
     refuse_rank_above,
-    scaled,
     without_autocast,
 )
 from lora_func._low_rank import LOW_RANK
-from lora_func._products import beside, gained
+from lora_func._low_rank import apply as low_rank
+from lora_func._products import gained, scaled
 from lora_func._types import Variant
 from lora_func._weight import Weight, bias_of, dense, times
 
@@ -80,10 +80,10 @@ def squared_norms(W: Weight) -> Tensor:
     return at_least_float32(dense(W)).square().sum(-1)
 
 
-def _gain(W: Weight, params: Mapping[str, Tensor], B: Tensor) -> Tensor:
-    """M / n, given the scaled B; m for a row of zeros, where it does not matter."""
+def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """M / n; m for a row of zeros, where it does not matter."""
     m, squares, A = params["m"], params["_w_sqnorm"], at_least_float32(params["A"].detach())
-    B = at_least_float32(B.detach())
+    B = scaled(at_least_float32(params["B"].detach()), params["_scale"])
     with without_autocast(A):
         WA = times(A, W).mT.to(A.dtype)
         added = vecdot(B @ (A @ A.mT) + 2 * WA, B)
@@ -99,9 +99,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    B, b = scaled(params["B"], params["_scale"]), bias_of(W)
-    y = beside(x, W, params["A"], B)
-    more = along_rows(_gain(W, params, B) - 1).to(y.dtype)
+    y, b = low_rank(W, params, x), bias_of(W)
+    more = along_rows(_gain(W, params) - 1).to(y.dtype)
     y = gained(y, more)
     return y if b is None else y - more * b.to(y.dtype)
 
@@ -113,9 +112,8 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    B = scaled(params["B"], params["_scale"])
-    g = _gain(W, params, B)[:, None]
-    added = g * (B @ params["A"])
+    g = _gain(W, params)[:, None]
+    added = g * (params["_scale"] * (params["B"] @ params["A"]))
     return W + (g - 1).to(W.dtype) * W + added.to(W.dtype)
 
 

@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_count
 from lora_func._config import LowRankConfig
-from lora_func._linalg import difference, low_rank_norm, scaled, svd
+from lora_func._linalg import difference, low_rank_norm, svd
 from lora_func._low_rank import LOW_RANK
 from lora_func._products import beside
 from lora_func._types import Variant
@@ -80,7 +80,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     down, up = _factors(params)
-    return beside(x, W, down, scaled(up, params["_scale"]))
+    return beside(x, W, down, up, scale=params["_scale"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
