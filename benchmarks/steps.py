@@ -73,6 +73,7 @@ def steps_of(name: str, options):
 
 
 def measure(name: str, options) -> Row:
+    torch.compiler.reset()  # after too many variants of one model it would compile no more
     functions = steps_of(name, options)
     slow = name == "hra"  # PEFT builds a dense matrix for each reflection
     seconds = alternately(functions, max(options.repeats // 4, 3) if slow else options.repeats)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_func._products import is_plain
+from lora_func._products import is_plain, unviewed
 from lora_func._weight import Affine, Weight, linear
 
 
@@ -32,8 +32,8 @@ def beside_entries(x: Tensor, W: Weight, values: Tensor, indices: Tensor) -> Ten
         y: Tensor = _BesideEntries.apply(x, weight, bias, values, indices)  # type: ignore[no-untyped-call]
         return y
     if values.ndim == 1 and isinstance(weight, Tensor) and _is_exact(values, weight):
-        return linear(x, Affine(weight + matrix_of(values.to(weight), indices, W.shape), bias))
-    return linear(x, W) + x @ matrix_of(values.to(x.dtype), indices, W.shape).mT
+        return linear(x, Affine(with_entries(weight, values, indices), bias))
+    return linear(x, W) + x @ _matrix(values.to(x.dtype), indices, W.shape).mT
 
 
 def _is_exact(values: Tensor, weight: Tensor) -> bool:
@@ -41,17 +41,23 @@ def _is_exact(values: Tensor, weight: Tensor) -> bool:
     return torch.promote_types(values.dtype, weight.dtype) == weight.dtype
 
 
-def matrix_of(values: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor:
-    """Build D.
+def with_entries(W: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """Compute ``W + D``.
 
     Args:
-        values: Shape (..., nnz).
-        indices: Shape (..., 2, nnz).
-        shape: (d_out, d_in).
+        W: Shape (d_out, d_in).
+        values: Shape (nnz,).
+        indices: Shape (2, nnz).
 
     Returns:
-        Shape (..., d_out, d_in), in the dtype of the values.
+        Shape (d_out, d_in), in the dtype of W.
     """
+    rows, columns = indices.long()
+    return W.index_put((rows, columns), values.to(W.dtype), accumulate=True)
+
+
+def _matrix(values: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor:
+    """D, shape (..., d_out, d_in), in the dtype of the values (..., nnz)."""
     zeros = values.new_zeros(*values.shape[:-1], shape[0] * shape[1])
     D = zeros.scatter(-1, _places(indices, shape), values)
     return D.view(*values.shape[:-1], *shape)
@@ -68,9 +74,7 @@ class _BesideEntries(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, weight, values, indices)
-        y = _product(x, weight, bias, values, indices)
-        unviewed: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], len(weight)))
-        return unviewed
+        return unviewed(_product(x, weight, bias, values, indices), x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,13 +96,12 @@ class _BesideEntries(torch.autograd.Function):
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor
 ) -> Tensor:
-    exact, values = _is_exact(values, weight), values.to(weight.dtype)
     rows = x.flatten(0, -2)
-    if values.ndim == 1 and exact:
-        return F.linear(rows, weight.index_put((*indices.long(),), values, accumulate=True), bias)
-    y = F.linear(rows, weight, bias)
+    if values.ndim == 1 and _is_exact(values, weight):
+        return F.linear(rows, with_entries(weight, values, indices), bias)
+    y, values = F.linear(rows, weight, bias), values.to(weight.dtype)
     if values.ndim == 1:
-        return y.addmm_(rows, matrix_of(values, indices, weight.shape).mT)
+        return y.addmm_(rows, _matrix(values, indices, weight.shape).mT)
     return _add_sums(y, _block_diagonal(indices, weight.shape), values, _features(x, values))
 
 
@@ -112,10 +115,10 @@ def _block_diagonal(indices: Tensor, shape: Sequence[int]) -> Tensor:
     """The rows and columns, shape (2, K nnz), of a matrix with all adapters' D on its diagonal."""
     indices = indices.long()
     if indices.ndim == 2:
-        return indices
+        return indices.contiguous()
     adapters = torch.arange(len(indices), device=indices.device)
     corners = torch.outer(adapters, torch.tensor(shape, device=indices.device))
-    return (indices + corners[..., None]).transpose(0, 1).flatten(1)
+    return (indices + corners[..., None]).transpose(0, 1).flatten(1).contiguous()
 
 
 def _add_sums(y: Tensor, indices: Tensor, values: Tensor, features: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ def _twice_differentiable(
     of_y: Tensor, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor
 ) -> tuple[Tensor | None, ...]:
     adapters = values.shape[:-1]
-    of_x = of_y @ weight + of_y @ matrix_of(values.to(x.dtype), indices, weight.shape)
+    of_x = of_y @ weight + of_y @ _matrix(values.to(x.dtype), indices, weight.shape)
     of_D = of_y.reshape(*adapters, -1, len(weight)).mT @ x.reshape(*adapters, -1, x.shape[-1])
     of_values = of_D.flatten(-2).gather(-1, _places(indices, weight.shape))
     return of_x, None, None, of_values.to(values.dtype), None

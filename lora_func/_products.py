@@ -1,6 +1,6 @@
 """What adapters do to a frozen layer's input and output, in as little memory as it takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,20 @@ def is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def unviewed(y: Tensor, rows: Sequence[int]) -> Tensor:
+    """Lay out the rows of a Function's output; into a view of it nobody could write.
+
+    Args:
+        y: Shape (n, d).
+        rows: A shape of n rows.
+
+    Returns:
+        Shape (*rows, d), in the memory of y.
+    """
+    laid_out: Tensor = torch.ops.aten._unsafe_view.default(y, (*rows, y.shape[-1]))
+    return laid_out
+
+
 class _Gained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, more: Tensor) -> Tensor:
@@ -161,9 +175,7 @@ class _Beside(torch.autograd.Function):
         ctx.save_for_backward(x, weight, down, up, scale, h)
         y = F.linear(x.flatten(0, -2), weight, bias)
         _add(y.view(*rows.shape[:-1], len(weight)), h.mT, up)
-        # autograd lets nobody write into a view that comes out of a Function
-        unviewed: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], len(weight)))
-        return unviewed
+        return unviewed(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:

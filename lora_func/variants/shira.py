@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_choice
 from lora_func._config import Calibration, RankConfig
-from lora_func._entries import beside_entries, matrix_of
+from lora_func._entries import beside_entries, with_entries
 from lora_func._linalg import at_least_float32
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense
@@ -120,8 +120,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Shape (d_out, d_in).
     """
-    W = dense(W)
-    return W + matrix_of(params["values"].to(W.dtype), params["_indices"], W.shape)
+    return with_entries(dense(W), params["values"], params["_indices"])
 
 
 def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
