@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from lora_func._batch import LossFn, arguments, result
 from lora_func._bitsandbytes import is_quantised
 from lora_func._config import AdapterConfig
-from lora_func._frozen import Forward, OtherForward, other_forward
+from lora_func._frozen import OtherForward, other_forward
 from lora_func._padding import last_rows, masks_of, real_rows, rows_of
 from lora_func._running import quiet_slots
 from lora_func._slots import Put, Slot
@@ -138,13 +139,10 @@ class _Gather:
                 yield other_forward(module, path, OtherForward)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class _Watching(OtherForward):
-    __slots__ = ("see", "site")
-
-    def __init__(self, frozen: Forward, base: Forward, site: str, see: See) -> None:
-        super().__init__(frozen, base)
-        self.site = site
-        self.see = see
+    site: str
+    see: See
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())

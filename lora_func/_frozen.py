@@ -1,6 +1,7 @@
 """What a module has without an adapter, while it runs with one."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeAlias
 
@@ -70,6 +71,7 @@ def refuse_unused(unused: Iterable[set[str] | None]) -> None:
         )
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class OtherForward:
     """What a module runs in the place of its own forward: what it runs without an adapter.
 
@@ -78,11 +80,8 @@ class OtherForward:
         base: What the module runs without an adapter: the same, but for a quantised layer.
     """
 
-    __slots__ = ("base", "frozen")
-
-    def __init__(self, frozen: Forward, base: Forward) -> None:
-        self.frozen = frozen
-        self.base = base
+    frozen: Forward
+    base: Forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)

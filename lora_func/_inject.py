@@ -132,8 +132,9 @@ class Injection:
     def _alone(self) -> Iterator[Slot]:
         (plan,), (params,), (unused,) = self.plans, self.adapters, self.unused
         for sites in plan.groups:
-            path, module = sites[0].path, sites[0].module()
-            if module is not None and not sites[0].everywhere:
+            if not sites[0].everywhere:
+                path, module = sites[0].path, sites[0].module()
+                assert module is not None
                 yield other_forward(module, path, Solo, module, sites, params, unused)
 
     def _together(self, rows: Rows) -> Iterator[Slot]:

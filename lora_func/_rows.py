@@ -1,6 +1,7 @@
 """K adapters in one call: the rows of the batch belong to one adapter after another."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class Part(NamedTuple):
     unused: set[str] | None
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Together(OtherForward):
     """Runs a module that several adapters share; every tensor it is called with has its rows first.
 
@@ -60,22 +62,10 @@ class Together(OtherForward):
         parts: What each stack does there.
     """
 
-    __slots__ = ("module", "parts", "path", "rows")
-
-    def __init__(
-        self,
-        frozen: Forward,
-        base: Forward,
-        path: str,
-        module: nn.Module,
-        rows: Rows,
-        parts: Sequence[Part],
-    ) -> None:
-        super().__init__(frozen, base)
-        self.path = path
-        self.module = module
-        self.rows = rows
-        self.parts = parts
+    path: str
+    module: nn.Module
+    rows: Rows
+    parts: Sequence[Part]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -97,6 +87,7 @@ class Together(OtherForward):
         return _joined(outputs)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Untouched(OtherForward):
     """Runs a quantised module that several adapters run through and none changes.
 
@@ -106,15 +97,9 @@ class Untouched(OtherForward):
         rows: Whose rows are whose.
     """
 
-    __slots__ = ("module", "path", "rows")
-
-    def __init__(
-        self, frozen: Forward, base: Forward, path: str, module: nn.Module, rows: Rows
-    ) -> None:
-        super().__init__(frozen, base)
-        self.path = path
-        self.module = module
-        self.rows = rows
+    path: str
+    module: nn.Module
+    rows: Rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         (x,) = (*args, *kwargs.values())

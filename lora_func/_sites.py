@@ -1,6 +1,7 @@
 """How an adapted site computes."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ def run_sites(
         return frozen(*args, **kwargs)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Solo(OtherForward):
     """Runs a module with one adapter; an object, since the compiler writes into no loose set.
 
@@ -74,23 +76,10 @@ class Solo(OtherForward):
         unused: Its keys, of which those are struck off that are read.
     """
 
-    __slots__ = ("module", "params", "sites", "unused")
-
-    def __init__(
-        self,
-        frozen: Forward,
-        base: Forward,
-        module: nn.Module,
-        sites: Sequence[Site],
-        params: Mapping[str, Tensor],
-        unused: set[str] | None,
-    ) -> None:
-        self.frozen = frozen
-        self.base = base
-        self.module = module
-        self.sites = sites
-        self.params = params
-        self.unused = unused
+    module: nn.Module
+    sites: Sequence[Site]
+    params: Mapping[str, Tensor]
+    unused: set[str] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
