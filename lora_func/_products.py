@@ -74,17 +74,19 @@ def _add(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
     return y.addmm_(h, up.mT) if up.ndim == 2 else y.baddbmm_(h, up.mT)
 
 
-def gained(y: Tensor, more: Tensor) -> Tensor:
-    """Compute ``y + more * y``, whose gradient in y is then one tensor, and not the sum of two.
+def gained(y: Tensor, gain: Tensor) -> Tensor:
+    """Compute ``gain * y``, as precise as the gain, and exactly y where that is one.
 
     Args:
         y: Shape (..., d).
-        more: What is added to a gain of one, shape (d,) or (K, 1, d).
+        gain: Shape (d,) or (K, 1, d).
 
     Returns:
         The shape and dtype of y.
     """
-    more = more.to(y.dtype)
+    if gain.dtype == y.dtype:
+        return y * gain
+    more = (gain - 1).to(y.dtype)
     if not _is_alone(y):
         return torch.addcmul(y, more, y)
     fused: Tensor = _Gained.apply(y, more)  # type: ignore[no-untyped-call]
@@ -143,6 +145,8 @@ def unviewed(y: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
+    """``y + more * y``, whose gradient in y is one tensor, and not the sum of two."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, more: Tensor) -> Tensor:
         ctx.save_for_backward(y, more)

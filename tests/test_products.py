@@ -60,19 +60,34 @@ def test_the_fused_form_has_the_plain_forms_derivatives(
         close(ours, expected)
 
 
-@given(rows=st.integers(0, 3), d=dims, stack=st.booleans(), seed=seeds)
-def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, seed):
+@given(
+    rows=st.integers(0, 3),
+    d=dims,
+    stack=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=seeds,
+)
+def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, dtype, seed):
     g = torch.Generator().manual_seed(seed)
-    leaves = random(g, 2, rows, d), random(g, *((2, 1, d) if stack else (d,)))
+    leaves = random(g, 2, rows, d).to(dtype), random(g, *((2, 1, d) if stack else (d,)))
     found = []
-    for form in (gained, lambda y, more: y + more * y):
-        y, more = (leaf.clone().requires_grad_() for leaf in leaves)
-        out = form(y, more)
-        first = torch.autograd.grad(out.sin().sum(), (y, more), create_graph=True)
-        second = torch.autograd.grad(sum(t.square().sum() for t in first), (y, more))
-        found.append((out, *first, *second))
+    for form in (gained, lambda y, gain: y * gain.to(y.dtype)):
+        y, gain = (leaf.clone().requires_grad_() for leaf in leaves)
+        out = form(y, gain)
+        first = torch.autograd.grad(out.sin().sum(), (y, gain), retain_graph=True)
+        again = torch.autograd.grad(out.sin().sum(), (y, gain), create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in again), (y, gain))
+        found.append((out, *first, *again, *second))
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     for ours, expected in zip(*found, strict=True):
-        close(ours, expected)
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_gain_more_precise_than_the_output_is_not_rounded_to_its_dtype():
+    y, gain = torch.full((2, 3), 1.5, dtype=torch.bfloat16), torch.full((3,), 1 + 3 * 2.0**-9)
+    assert gained(y, gain).eq(1.5078125).all()
+    assert (y * gain.bfloat16()).eq(1.515625).all()
+    assert torch.equal(gained(y, torch.ones(3)), y)
 
 
 @pytest.mark.parametrize("cfg", [lf.LoRA(r=2), lf.PiSSA(r=2), lf.DeLoRA(r=2)], ids=repr)

@@ -94,15 +94,15 @@ def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``y + (g - 1) (y - b)`` with ``y`` as LoRA's and ``g = m / n``.
+    """Compute ``g (y - b) + b`` with ``y`` as LoRA's and ``g = m / n``.
 
     Returns:
         Shape (..., d_out).
     """
     y, b = low_rank(W, params, x), bias_of(W)
-    more = along_rows(_gain(W, params) - 1).to(y.dtype)
-    y = gained(y, more)
-    return y if b is None else y - more * b.to(y.dtype)
+    g = along_rows(_gain(W, params))
+    y = gained(y, g)
+    return y if b is None else y - (g - 1).to(y.dtype) * b.to(y.dtype)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

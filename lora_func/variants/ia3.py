@@ -2,7 +2,7 @@
 
     W' = diag(g) W,   b' = g b
 
-*Identity at the start because* g = 1, and the output is y + (g - 1) y.
+*Identity at the start because* g = 1, which changes no output in any dtype.
 
 Asks of W: ``linear`` only.
 
@@ -50,12 +50,12 @@ def init(W: Weight, cfg: IA3, generator: Generator, stats: None = None) -> dict[
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``y + (g - 1) y`` with ``y = linear(x, W)``.
+    """Compute ``g y`` with ``y = linear(x, W)``.
 
     Returns:
         Shape (..., d_out).
     """
-    return gained(linear(x, W), along_rows(params["g"] - 1))
+    return gained(linear(x, W), along_rows(params["g"]))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

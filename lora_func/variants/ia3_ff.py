@@ -2,7 +2,7 @@
 
     W' = W diag(g)
 
-*Identity at the start because* g = 1, and the input is x + (g - 1) x.
+*Identity at the start because* g = 1, which changes no input in any dtype.
 
 Asks of W: ``linear`` only.
 
@@ -50,12 +50,12 @@ def init(W: Weight, cfg: IA3FF, generator: Generator, stats: None = None) -> dic
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x + (g - 1) x, W)``.
+    """Compute ``linear(g x, W)``.
 
     Returns:
         Shape (..., d_out).
     """
-    return linear(gained(x, along_rows(params["g"] - 1)), W)
+    return linear(gained(x, along_rows(params["g"])), W)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
