@@ -1,4 +1,4 @@
-"""What a few entries of a weight do to a layer, without a matrix of their own."""
+"""What a few more entries of a weight do to a layer, with as few matrices as can be."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -18,9 +18,9 @@ WIDE = 50
 
 def dense_form(x, W, values, indices):
     """With the matrix D, built entry by entry."""
-    places = indices.unbind(-2)
-    each = torch.arange(len(values))[:, None] if values.ndim == 2 else ()
-    index = (each, *places) if values.ndim == 2 else places
+    index = indices.unbind(-2)
+    if values.ndim == 2:
+        index = (torch.arange(len(values))[:, None], *index)
     D = values.new_zeros(*values.shape[:-1], *W.shape).index_put(index, values)
     return F.linear(x, W.weight, W.bias) + x @ D.mT
 

@@ -4,15 +4,16 @@
 
 *Identity at the start because* the entries of D are zero.
 
-Asks of W: ``linear``; ``dense`` at init for the masks "magnitude" and "snip".
+Asks of W: ``linear``, or the weight itself where it is a plain tensor; ``dense`` at init for the
+masks "magnitude" and "snip".
 
 References:
     https://arxiv.org/abs/2406.13175, section 3. Code: huggingface/peft ``tuners/shira``.
 
 Deviations: PEFT, which has the random mask and takes functions for others, adds D to a copy of the
-weight where it can; ours is a second product, x Dᵀ, which rounds no D to the weight's dtype. The
-paper's structured mask is not offered. Positions are kept, row by row, as a constant; without them
-the values mean nothing.
+weight where it can; ours does where that does not round D, and else takes a second product, x Dᵀ.
+The paper's structured mask is not offered. Positions are kept, row by row, as a constant; without
+them the values mean nothing.
 """
 
 from collections.abc import Mapping
@@ -106,7 +107,7 @@ def _chosen(W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None, n
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + x Dᵀ``.
+    """Compute ``linear(x, W + D)``, or ``linear(x, W) + x Dᵀ``.
 
     Returns:
         Shape (..., d_out).
