@@ -48,7 +48,7 @@ def beside(
         return fused
     up = scaled(up, scale)
     rows = _rows(x, down) if plain else x
-    y, h = linear(rows, W), rows @ down.mT
+    y, h = linear(rows, W), torch.matmul(rows, down.mT)
     h = h if between is None else between(h).to(h.dtype)
     gain = None if gain is None else gain.to(y.dtype)
     if not plain:

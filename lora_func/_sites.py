@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_func._bitsandbytes import is_quantised
 from lora_func._frozen import Forward, OtherForward, Watched, frozen_parameters
+from lora_func._operands import AdaptedWeight, multiplies
 from lora_func._plan import Site
 from lora_func._slots import Put
 from lora_func._views import new_bias, new_weight
@@ -58,11 +60,19 @@ def run_sites(
         (x,), (site,) = (*args, *kwargs.values()), sites
         return site.variant.apply(affine(module, site.path), leaves[0], x)
     own: Any = module._parameters
-    replaced: dict[str, Tensor] = {}
+    replaced: dict[str, Any] = {}
     for site, of_it in zip(sites, leaves, strict=True):
-        replaced |= effective(site, module, own, of_it)
+        new = _standing_in if multiplies(site, module) else effective
+        replaced |= new(site, module, own, of_it)
     with Put((own, name, tensor) for name, tensor in replaced.items()):
         return frozen(*args, **kwargs)
+
+
+def _standing_in(
+    site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
+) -> dict[str, AdaptedWeight]:
+    whole = partial(effective, site, module, {**own}, leaves)
+    return {"weight": AdaptedWeight(site, own["weight"], leaves, whole)}
 
 
 @dataclass(slots=True, eq=False, repr=False)

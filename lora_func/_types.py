@@ -145,6 +145,9 @@ class Variant(NamedTuple):
             training. It lets ``stack`` pad.
         stacks: Whether ``apply`` also takes K adapters at once, leaves (K, ...) and x (K, n, d_in);
             of any other ``vcall`` makes that by ``torch.vmap``, which is slower.
+        products_only: Whether ``apply`` uses of x its dtype, ``linear(x, W)`` and ``x @ M`` alone.
+            Then it also runs embeddings and convolutions, where x is no tensor; with any other
+            variant those run with the weight view, which is slower.
     """
 
     name: str
@@ -161,6 +164,7 @@ class Variant(NamedTuple):
     leaves: Mapping[str, str] = {}
     pads: bool = True
     stacks: bool = False
+    products_only: bool = False
 
     @property
     def rank_axes(self) -> dict[str, int]:

@@ -44,6 +44,7 @@ LAYERS = [
     {"_training", "_peft_read", "_peft_write"},
     {"peft"},
     {"_views"},
+    {"_operands"},
     {"_sites"},
     {"_replacements"},
     {"_rows", "_merge", "_attach", "_algebra"},

@@ -12,7 +12,7 @@ import lora_func as lf
 from lora_func._keys import SHARED, group
 from lora_func._weight import Affine
 from lora_func.variants import by_name
-from tests.cases import CASES
+from tests.cases import CASES, Made
 from tests.models import scramble
 
 
@@ -255,6 +255,168 @@ def test_the_base_gets_gradients_in_adapted_and_none_in_fcall():
     with lf.adapted(model, params):
         model(torch.randn(2, 4, 1)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Scaled(nn.Embedding):
+    """As in Gemma, whose embedding reads its weight for more than its rows."""
+
+    def forward(self, ids):
+        return super().forward(ids) * torch.tensor(3.0).to(self.weight.dtype)
+
+
+class Everything(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) @ self.weight.T + self.weight.sum()
+
+
+class LastIsPadding(nn.Embedding):
+    def forward(self, ids):
+        return torch.nn.functional.embedding(ids, self.weight, padding_idx=-1)
+
+
+class Projected(nn.Embedding):
+    def __init__(self):
+        super().__init__(20, 8)
+        self.proj = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, ids):
+        return super().forward(ids) @ self.proj
+
+
+TABLES = {
+    "plain": nn.Embedding(1000, 8),
+    "padded": nn.Embedding(1000, 8, padding_idx=1),
+    "scaled": Scaled(1000, 8),
+}
+READ_WHOLE = {
+    "read past its rows": Everything(20, 8, padding_idx=1),
+    "its last row is padding": LastIsPadding(20, 8),
+    "scaled gradient": nn.Embedding(20, 8, scale_grad_by_freq=True),
+}
+IDS = torch.tensor([[1, 7, 7], [1, 19, 0]])
+
+
+def on_layer(module, name, start=False):
+    case = next(case for case in CASES if case.name == name)
+    module.double().requires_grad_(False)
+    params = lf.init(module, replace(case.config(2), target_modules=""), dtype=torch.float64)
+    return module, params if start else scramble(params)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "ia3_ff", "road2", "dora"])
+@pytest.mark.parametrize(
+    "module", [*TABLES.values(), *READ_WHOLE.values()], ids=[*TABLES, *READ_WHOLE]
+)
+@pytest.mark.parametrize(
+    "ids", [IDS, IDS[:, :0], IDS[0, 0], IDS.int()], ids=["ids", "none", "one", "int32"]
+)
+def test_an_embedding_has_the_rows_and_gradients_of_its_adapted_table(module, name, ids):
+    model, params = on_layer(module, name)
+    y = lf.fcall(model, params, (ids,))
+    expected = functional_call(model, with_new_weights(model, params, "weight"), (ids,))
+    torch.testing.assert_close(y, expected)
+    trained = [*lf.partition(params)[0].values()]
+    ours, theirs = (torch.autograd.grad(z.square().sum(), trained) for z in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+LARGE = {
+    **{name: (module, IDS) for name, module in TABLES.items()},
+    "convolution": (nn.Conv2d(32, 32, 3), torch.randn(1, 32, 4, 4).double()),
+}
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "ssteer"])
+@pytest.mark.parametrize(("module", "x"), LARGE.values(), ids=LARGE)
+def test_neither_the_adapted_weight_is_made_nor_a_gradient_of_its_size(module, x, name):
+    model, params = on_layer(module, name)
+    with Made(*model.parameters(), *params.values()) as made:
+        lf.fcall(model, params, (x,)).sum().backward()
+    assert max(made.sizes) < module.weight.numel()
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "road2", "dora"])
+@pytest.mark.parametrize("of_x", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_convolution_keeps_its_memory_format_and_its_bits(of_weight, of_x, name):
+    conv, x = nn.Conv2d(8, 12, 3).to(memory_format=of_weight), torch.randn(2, 8, 7, 6).double()
+    model, params = on_layer(conv, name, start=True)
+    x = x.to(memory_format=of_x)
+    with torch.no_grad():
+        y, frozen = lf.fcall(model, params, x), model(x)
+    assert torch.equal(y, frozen)
+    assert y.stride() == frozen.stride()
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3"])
+def test_a_convolution_with_a_forward_of_its_own_reads_the_whole_weight(name):
+    model, params = on_layer(Standardised(4, 8, 2), name)
+    x = torch.randn(2, 4, 5, 6).double()
+    expected = functional_call(model, with_new_weights(model, params, "weight"), (x,))
+    torch.testing.assert_close(lf.fcall(model, params, x), expected)
+
+
+def test_an_embedding_that_renorms_its_table_is_adapted_before():
+    model, params = on_layer(nn.Embedding(20, 8, max_norm=1.0), "lora")
+    before = model.weight.clone()
+    found = lf.fcall(model, params, IDS).norm(dim=-1)
+    assert (found <= 1 + 1e-6).all()
+    assert (found > 0.99).any()
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms_of_an_adapted_embedding(compiled):
+    model, params = on_layer(TABLES["padded"], "lora")
+    trained, constants = lf.partition(params)
+    leaves = {key: leaf.detach() for key, leaf in trained.items()}
+
+    def loss(leaves):
+        return lf.fcall(model, {**leaves, **constants}, IDS).square().sum()
+
+    grad = torch.func.grad(loss)
+    expected = dict(
+        zip(trained, torch.autograd.grad(loss(trained), [*trained.values()]), strict=True)
+    )
+    found = (torch.compile(grad, fullgraph=True, backend="aot_eager") if compiled else grad)(leaves)
+    torch.testing.assert_close(found, expected)
+    if compiled:
+        return
+    slope = torch.func.jvp(loss, (leaves,), (expected,))[1]
+    torch.testing.assert_close(slope, sum(g.square().sum() for g in expected.values()))
+    stacked = lf.stack([params, {k: v.detach() / 2 for k, v in params.items()}])
+    batches = torch.stack([IDS, IDS.flip(0)])
+    loop = [lf.fcall(model, *one) for one in zip(lf.unstack(stacked), batches, strict=True)]
+    of_each = torch.vmap(lf.fcall, (None, 0, 0))(model, stacked, batches)
+    torch.testing.assert_close(of_each, torch.stack(loop))
+    torch.testing.assert_close(lf.vcall(model, stacked, batches, batched=True), of_each)
+
+
+def test_leaves_that_do_not_fit_an_embedding_are_refused():
+    model, params = on_layer(TABLES["plain"], "lora")
+    longer = {**params, ".lora.A": torch.ones(2, 1001).double()}
+    with pytest.raises(ValueError, match=r"of shape \(2, 1001\), accepted is \(m, 1000\)"):
+        lf.fcall(model, longer, IDS)
+    with pytest.raises(ValueError, match=r"of shape \(1, 2, 1000\), .*a stack goes through"):
+        lf.fcall(model, lf.stack([params]), IDS)
+    with pytest.raises(RuntimeError, match="Long, Int"):
+        lf.fcall(model, params, torch.ones(2))
+    with pytest.raises(lf.UnusedLeafError, match=r"'\.lora\.C'"):
+        lf.fcall(model, {**params, ".lora.C": torch.ones(1)}, IDS)
+
+
+def test_another_parameter_of_an_embedding():
+    model = Projected().double().requires_grad_(False)
+    cfg = lf.LoRA(r=2, target_modules=(), target_parameters="proj")
+    adapters = [scramble(lf.init(model, cfg, seed=seed, dtype=torch.float64)) for seed in (0, 1)]
+    ours = lf.vcall(model, lf.stack(adapters), IDS)
+    torch.testing.assert_close(ours, torch.stack([lf.fcall(model, one, IDS) for one in adapters]))
 
 
 class TiedTwice(nn.Module):

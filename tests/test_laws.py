@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora_func as lf
+from lora_func._operands import Operand
 from lora_func._weight import Affine, dense
 from tests.cases import CASES, Layers, make_layer, make_params, random_like, scrambled_stack
 from tests.strategies import dims, layers, seeds
@@ -83,6 +84,16 @@ def test_activation_view_equals_weight_view(case, data):
     close(layer.apply(), F.linear(layer.x, weight, layer.bias))
     assert weight.dtype == dense(layer.W).dtype
     assert weight.shape == layer.W.shape
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if make_layer(c).variant.products_only], ids=repr
+)
+@given(data=st.data())
+def test_products_with_x_are_all_that_apply_needs(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    x = Operand(layer.W.shape[1], layer.x.dtype, lambda M, bias: F.linear(layer.x, M, bias))
+    close(layer.apply(x=x), layer.apply())
 
 
 class View(nn.Module):

@@ -81,4 +81,5 @@ VARIANT = Variant(
     weight=weight,
     bias=bias,
     leaves={"g": "d_out"},
+    products_only=True,
 )

@@ -178,4 +178,5 @@ VARIANT = Variant(
     observe=observe,
     leaves={**_ROTATIONS, "_max_angle?": "", "delta_s": "r", "_coeff": "", **SINGULAR},
     pads=False,
+    products_only=True,
 )

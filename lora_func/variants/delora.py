@@ -148,4 +148,5 @@ VARIANT = Variant(
     },
     pads=False,
     stacks=True,
+    products_only=True,
 )

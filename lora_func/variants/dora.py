@@ -125,4 +125,5 @@ VARIANT = Variant(
     weight=weight,
     leaves={**LOW_RANK, "m": "d_out", "_w_sqnorm": "d_out"},
     stacks=True,
+    products_only=True,
 )

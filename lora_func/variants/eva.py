@@ -149,4 +149,5 @@ VARIANT = Variant(
     delta_norm=delta_norm,
     leaves=LOW_RANK,
     stacks=True,
+    products_only=True,
 )

@@ -86,4 +86,5 @@ VARIANT = Variant(
     bias=bias,
     leaves={"g": "d_out"},
     stacks=True,
+    products_only=True,
 )

@@ -111,4 +111,5 @@ VARIANT = Variant(
     delta_norm=delta_norm,
     leaves={**LOW_RANK, "_A0": "r d_in", "_B0": "d_out r"},
     stacks=True,
+    products_only=True,
 )

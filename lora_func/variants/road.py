@@ -114,7 +114,8 @@ def _variant(kind: int) -> Variant:
 
     shape = {1: "groups half", 2: "groups g", 4: "groups 2 g"}[kind]
     leaves = {"theta": shape, "alpha": shape}
-    return Variant(f"road{kind}", ROAD, init, apply, weight, bias, leaves=leaves)
+    views = apply, weight, bias
+    return Variant(f"road{kind}", ROAD, init, *views, leaves=leaves, products_only=True)
 
 
 VARIANTS = tuple(_variant(kind) for kind in _KINDS)

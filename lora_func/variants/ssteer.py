@@ -195,8 +195,8 @@ def _variant(
         return beside(x, W, params["_Vh"], params["_U"], partial(steer, params))
 
     leaves = {"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR}
-    views = apply, weight, bias
-    return Variant(_NAMES[mode], SSteer, init, *views, observe=observe, leaves=leaves, pads=False)
+    made = Variant(_NAMES[mode], SSteer, init, apply, weight, bias, leaves=leaves, pads=False)
+    return made._replace(observe=observe, products_only=True)
 
 
 VARIANTS = (

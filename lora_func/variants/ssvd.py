@@ -140,4 +140,5 @@ VARIANT = Variant(
     weight=weight,
     leaves={"K?": "pairs", "K_strict?": "pairs", "delta_s": "r", **SINGULAR},
     pads=False,
+    products_only=True,
 )

@@ -85,7 +85,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     lambda_d, lambda_b = along_rows(params["lambda_d"]), along_rows(params["lambda_b"])
-    A, B = _projections(params, x.shape[-1])
+    A, B = _projections(params, W.shape[-1])
     return beside(x, W, A, B, lambda h: h * lambda_d.to(h.dtype), lambda_b)
 
 
@@ -118,4 +118,5 @@ VARIANT = Variant(
         "_B": "widest_out r",
     },
     stacks=True,
+    products_only=True,
 )
