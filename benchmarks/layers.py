@@ -26,7 +26,7 @@ def experts(width: int) -> nn.Module:
     config = Qwen3MoeConfig(
         hidden_size=width, moe_intermediate_size=width, num_experts=8, num_experts_per_tok=2
     )
-    config._experts_implementation = "eager"
+    config._experts_implementation = "grouped_mm"
     block = Qwen3MoeSparseMoeBlock(config)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lora_func._linalg import low_rank_norm
-from lora_func._products import beside
+from lora_func._products import beside, scaled
 from lora_func._weight import Weight, dense
 
 LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": ""}
@@ -28,7 +28,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    return W + (params["_scale"] * (params["B"] @ params["A"])).to(W.dtype)
+    return W + (scaled(params["B"], params["_scale"]) @ params["A"]).to(W.dtype)
 
 
 def delta_norm(params: Mapping[str, Tensor]) -> Tensor:

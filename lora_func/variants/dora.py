@@ -113,7 +113,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     """
     W = dense(W)
     g = _gain(W, params)[:, None]
-    added = g * (params["_scale"] * (params["B"] @ params["A"]))
+    added = (g * scaled(params["B"], params["_scale"])) @ params["A"]
     return W + (g - 1).to(W.dtype) * W + added.to(W.dtype)
 
 

@@ -28,7 +28,7 @@ from lora_func._checks import check_count
 from lora_func._config import LowRankConfig
 from lora_func._linalg import difference, low_rank_norm, svd
 from lora_func._low_rank import LOW_RANK
-from lora_func._products import beside
+from lora_func._products import beside, scaled
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense
 
@@ -90,7 +90,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W, (down, up) = dense(W), _factors(params)
-    return W + (params["_scale"] * (up @ down)).to(W.dtype)
+    return W + (scaled(up, params["_scale"]) @ down).to(W.dtype)
 
 
 def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
