@@ -151,12 +151,12 @@ def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:
     """Multiply each block of the last axis by a matrix of its own.
 
     Args:
-        x: Shape (..., blocks * b).
-        E: Shape (blocks, b, b).
+        x: Shape (..., blocks * b); (K, n, blocks * b) with K adapters.
+        E: Shape (blocks, b, b), or (K, blocks, b, b).
 
     Returns:
-        ``x_block @ E_block``, shape (..., blocks * b), in the dtype of x.
+        ``x_block @ E_block``, in the shape and dtype of x.
     """
-    blocks, b, _ = E.shape
-    split = x.reshape(-1, blocks, b).transpose(0, 1)
-    return (split @ E.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+    *adapters, blocks, b, _ = E.shape
+    split = x.reshape(*adapters, -1, blocks, b).transpose(-3, -2)
+    return (split @ E.to(x.dtype)).transpose(-3, -2).reshape(x.shape)

@@ -143,6 +143,9 @@ STACKING = [case for case in CASES if by_name(make_layer(case).variant.name).sta
 def test_apply_takes_a_stack_where_the_variant_says_so(case, d_in, d_out, seed, adapters, rows):
     layer = make_layer(case, d_in, d_out, r=1, seed=seed, scrambled=True)
     many, stacked = scrambled_stack(layer, adapters, seed)
+    for leaf in (name for name, stack in stacked.items() if stack.ndim == 1):
+        stacked[leaf] = stacked[leaf] * torch.linspace(0.5, 1, adapters)
+        many = [{**own, leaf: number} for own, number in zip(many, stacked[leaf], strict=True)]
     x = random(torch.Generator().manual_seed(seed), adapters, rows, layer.x.shape[-1])
     together = layer.variant.apply(layer.W, stacked, x)
     alone = [layer.variant.apply(layer.W, own, x[k]) for k, own in enumerate(many)]

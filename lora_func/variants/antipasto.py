@@ -34,6 +34,7 @@ from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import Calibration, RankConfig
 from lora_func._linalg import (
     SINGULAR,
+    along_rows,
     at_least_float32,
     cayley,
     refuse_rank_above,
@@ -42,7 +43,7 @@ from lora_func._linalg import (
     svd,
 )
 from lora_func._moments import Moments, observe
-from lora_func._products import beside
+from lora_func._products import beside, scaled
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense
 
@@ -106,9 +107,8 @@ def init(
         stats.require(cfg.r)
         score = S * stats.along(Vh, center=cfg.pool == "std")
         chosen = score.topk(cfg.r).indices.sort().values
-    rotation = {}
+    rotation, b = {}, cfg.block_size
     if cfg.rotate != "none":
-        b = cfg.block_size
         rotation = {
             f"rot_{cfg.rotate}": torch.zeros(cfg.r // b, b * (b - 1) // 2),
             "_max_angle": torch.tensor(cfg.max_angle, dtype=torch.float64),
@@ -127,24 +127,22 @@ def rotation(params: Mapping[str, Tensor], rot: Tensor) -> Tensor:
     """Compute R - I.
 
     Returns:
-        Shape (blocks, b, b), float32 or better.
+        Shape (..., blocks, b, b), float32 or better.
     """
     rot = at_least_float32(rot)
     a = 2 * (params["_max_angle"].to(rot.dtype) / 2).tan()
-    A = a * (skew(rot / 2) / a).tanh()
-    return cayley(params["_coeff"].to(rot.dtype) * A / 2)
+    bounded = scaled(scaled(rot / 2, 1 / a).tanh(), a)
+    return cayley(skew(scaled(bounded, params["_coeff"] / 2)))
 
 
 def _steer(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
     """The change in singular coordinates, (..., r) -> (..., r)."""
-    delta = at_least_float32(params["_coeff"] * params["delta_s"])
-    S = (params["_S"] + delta).to(h.dtype)
-    delta = delta.to(h.dtype)
+    delta = at_least_float32(params["_coeff"][..., None] * params["delta_s"])
+    S, delta = (along_rows(t).to(h.dtype) for t in (params["_S"] + delta, delta))
     if "rot_V" in params:
         return torch.addcmul(h * delta, rotate_blocks(h, rotation(params, params["rot_V"])), S)
     if "rot_U" in params:
-        E = rotation(params, params["rot_U"])
-        return h * delta + rotate_blocks(h * S, E.mT)
+        return h * delta + rotate_blocks(h * S, rotation(params, params["rot_U"]).mT)
     return h * delta
 
 
@@ -178,5 +176,6 @@ VARIANT = Variant(
     observe=observe,
     leaves={**_ROTATIONS, "_max_angle?": "", "delta_s": "r", "_coeff": "", **SINGULAR},
     pads=False,
+    stacks=True,
     products_only=True,
 )

@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_flag
 from lora_func._config import LinearConfig
+from lora_func._linalg import along_rows
 from lora_func._types import Variant
 from lora_func._weight import Affine, Weight, bias_of, dense, linear
 
@@ -68,10 +69,11 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    if isinstance(W, Affine) and W.bias is not None:
+    delta = params["delta"]
+    if isinstance(W, Affine) and W.bias is not None and delta.ndim == 1:
         return linear(x, W._replace(bias=bias(W.bias, params)))
     y = linear(x, W)
-    return y + params["delta"].to(y.dtype)
+    return y + along_rows(delta).to(y.dtype)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -101,4 +103,5 @@ VARIANT = Variant(
     weight=weight,
     bias=bias,
     leaves={"delta": "d_out"},
+    stacks=True,
 )

@@ -127,4 +127,5 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     leaves={"R": "blocks pairs", "_neumann?": "terms"},
+    stacks=True,
 )

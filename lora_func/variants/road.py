@@ -85,19 +85,21 @@ def init(W: Weight, cfg: ROAD, generator: Generator, stats: None = None) -> dict
 
 
 def _entries(kind: int, theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """The diagonal less one and the off-diagonal of each output, shape (groups, g)."""
+    """The diagonal less one and the off-diagonal of each output, shape (..., groups, g)."""
     cos, sin = alpha * theta.cos() - 1, alpha * theta.sin()
     if kind == 1:
-        return cos.repeat(1, 2), sin.repeat(1, 2)
-    return (cos, sin) if kind == 2 else (cos[:, 0], sin[:, 1])
+        return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    return (cos, sin) if kind == 2 else (cos[..., 0, :], sin[..., 1, :])
 
 
 def _rotate(y: Tensor, params: Mapping[str, Tensor], kind: int) -> Tensor:
     theta, alpha = at_least_float32(params["theta"]), at_least_float32(params["alpha"])
     entries = _entries(kind, theta, alpha)
-    diagonal, across = (entry.to(y.dtype).view(len(entry), 2, -1) for entry in entries)
+    diagonal, across = (entry.to(y.dtype).reshape(*entry.shape[:-1], 2, -1) for entry in entries)
     across = across * across.new_tensor([-1, 1])[:, None]
-    halves = y.reshape(*y.shape[:-1], *diagonal.shape)
+    halves = y.reshape(*y.shape[:-1], *diagonal.shape[-3:])
+    if diagonal.ndim > 3:
+        diagonal, across = diagonal[:, None], across[:, None]
     turned = torch.addcmul(halves, halves, diagonal)
     return torch.addcmul(turned, halves.flip(-2), across).flatten(-3)
 
@@ -115,7 +117,8 @@ def _variant(kind: int) -> Variant:
     shape = {1: "groups half", 2: "groups g", 4: "groups 2 g"}[kind]
     leaves = {"theta": shape, "alpha": shape}
     views = apply, weight, bias
-    return Variant(f"road{kind}", ROAD, init, *views, leaves=leaves, products_only=True)
+    made = Variant(f"road{kind}", ROAD, init, *views, leaves=leaves)
+    return made._replace(stacks=True, products_only=True)
 
 
 VARIANTS = tuple(_variant(kind) for kind in _KINDS)

@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import Calibration, LinearConfig
-from lora_func._linalg import SINGULAR, at_least_float32, refuse_rank_above, svd
+from lora_func._linalg import SINGULAR, along_rows, at_least_float32, refuse_rank_above, svd
 from lora_func._products import beside
 from lora_func._types import BiasFn, Variant, WeightFn
 from lora_func._weight import Weight, dense
@@ -138,10 +138,10 @@ def _direction(S: Tensor, Vh: Tensor, pairs: Tensor, r: int) -> tuple[Tensor, Te
 
 
 def _coordinates(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """c, δ, S and a = √S δ."""
+    """c, shape (..., 1), and δ, S and a = √S δ, shape (..., r)."""
     delta = at_least_float32(params["delta"])
     S = params["_S"].to(delta.dtype)
-    return params["_coeff"].to(delta.dtype), delta, S, S.sqrt() * delta
+    return params["_coeff"].to(delta.dtype)[..., None], delta, S, S.sqrt() * delta
 
 
 def _gain(params: Mapping[str, Tensor]) -> Tensor:
@@ -149,12 +149,12 @@ def _gain(params: Mapping[str, Tensor]) -> Tensor:
     c, delta, S, _ = _coordinates(params)
     if "_clamp" not in params:
         return c * delta * S
-    bound = params["_clamp"].to(delta.dtype)
+    bound = params["_clamp"].to(delta.dtype)[..., None]
     return S * (c * delta).clamp(-bound, bound).expm1()
 
 
 def _by_gain(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
-    return h * _gain(params).to(h.dtype)
+    return h * along_rows(_gain(params)).to(h.dtype)
 
 
 def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 
 
 def _by_gate(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
-    c, delta, S, a = _coordinates(params)
+    c, delta, S, a = map(along_rows, _coordinates(params))
     h = at_least_float32(h) * S.sqrt()
     gate = torch.nn.functional.cosine_similarity(h, delta, dim=-1, eps=1e-12).abs()
     return c * gate[..., None] * a
@@ -171,7 +171,8 @@ def _by_gate(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
 
 def _by_removal(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
     c, _, _, a = _coordinates(params)
-    return (c - h.to(a.dtype) @ a)[..., None] * a
+    projected = h.to(a.dtype) @ a[..., None]
+    return (along_rows(c) - projected) * along_rows(a)
 
 
 def _weight_ablate(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -196,7 +197,7 @@ def _variant(
 
     leaves = {"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR}
     made = Variant(_NAMES[mode], SSteer, init, apply, weight, bias, leaves=leaves, pads=False)
-    return made._replace(observe=observe, products_only=True)
+    return made._replace(observe=observe, stacks=True, products_only=True)
 
 
 VARIANTS = (

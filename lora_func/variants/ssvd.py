@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 
 from lora_func._checks import check_choice, check_count, check_number
 from lora_func._config import LinearConfig
-from lora_func._linalg import SINGULAR, at_least_float32, cayley, skew, svd
+from lora_func._linalg import SINGULAR, along_rows, at_least_float32, cayley, skew, svd
 from lora_func._products import beside
 from lora_func._types import Variant
 from lora_func._weight import Weight, dense
@@ -99,7 +99,7 @@ def rotation(params: Mapping[str, Tensor]) -> Tensor:
     """Compute G - I.
 
     Returns:
-        Shape (k, k), float32 or better.
+        Shape (..., k, k), float32 or better.
     """
     name = "K_strict" if "K_strict" in params else "K"
     K = skew(at_least_float32(params[name]))
@@ -108,8 +108,8 @@ def rotation(params: Mapping[str, Tensor]) -> Tensor:
 
 def _turn(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
     """The change in singular coordinates, (..., k) -> (..., k)."""
-    delta, E = params["delta_s"].to(h.dtype), rotation(params).to(h.dtype)
-    S = (params["_S"] + params["delta_s"]).to(h.dtype)
+    delta, E = along_rows(params["delta_s"]).to(h.dtype), rotation(params).to(h.dtype)
+    S = along_rows(params["_S"] + params["delta_s"]).to(h.dtype)
     return torch.addcmul(h * delta, h @ E.mT, S)
 
 
@@ -140,5 +140,6 @@ VARIANT = Variant(
     weight=weight,
     leaves={"K?": "pairs", "K_strict?": "pairs", "delta_s": "r", **SINGULAR},
     pads=False,
+    stacks=True,
     products_only=True,
 )
