@@ -1,8 +1,10 @@
 """Whether an adapter has the leaves that its variants say, in the shapes that they say."""
 
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_func._keys import RANK, SHARED, Key, group, parse
@@ -46,8 +48,8 @@ def refuse_other_leaves(
         where = str(Key(site, name, ""))
         if variant.parameters is None:
             shared = {leaf for leaf, key in keys.items() if parse(key).site == SHARED}
-            weight = () if model is None else weight_at(uncompiled(model), site).weight.shape
-            leading = _leading(where, variant, shapes, shared, weight)
+            W = None if model is None else weight_at(uncompiled(model), site)
+            leading = _leading_of_leaves(where, variant, shapes, shared, W)
         elif model is not None:
             module, _ = place_of(uncompiled(model), site)
             leading = _leading_of_parameters(where, shapes, module._parameters)
@@ -79,6 +81,36 @@ def weight_at(model: nn.Module, path: str) -> Affine:
     return matrix(module, module._parameters, name or "weight")
 
 
+def _leading_of_leaves(
+    where: str,
+    variant: Variant,
+    shapes: Mapping[str, tuple[int, ...]],
+    shared: set[str],
+    W: Affine | None,
+) -> tuple[int, ...]:
+    """The axes before those that a variant names, but for that of a stack of weights."""
+    leading = _leading(where, variant, shapes, shared, () if W is None else W.weight.shape)
+    if W is not None:
+        axes = {leaf.removesuffix("?"): len(of.split()) for leaf, of in variant.leaves.items()}
+        own = {leaf: shape[len(shape) - axes.get(leaf, 0) :] for leaf, shape in shapes.items()}
+        d_out, d_in = W.weight.shape[-2:]
+        if not _fit(variant.name, (*own.items(),), d_out, d_in):
+            raise ValueError(f"{where}: leaves of shapes {own} do not fit a weight {d_out, d_in}")
+    return leading
+
+
+@cache
+def _fit(name: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], d_out: int, d_in: int) -> bool:
+    """Whether a variant runs with such leaves; not if its blocks do not make up d_in, say."""
+    empty = partial(torch.empty, device="meta")
+    leaves = {leaf: empty(shape) for leaf, shape in shapes}
+    try:
+        y = by_name(name).apply(Affine(empty(d_out, d_in)), leaves, empty(1, d_in))
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return y.shape == (1, d_out)
+
+
 def _leading_of_parameters(
     where: str, shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any]
 ) -> tuple[int, ...]:
@@ -99,7 +131,6 @@ def _leading(
     shared: set[str],
     weight: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """The axes before those that a variant names, but for that of a stack of weights."""
     known = {leaf.removesuffix("?"): axes.split() for leaf, axes in variant.leaves.items()}
     needed = {leaf for leaf in variant.leaves if not leaf.endswith("?")}
     if missing := needed - shapes.keys():

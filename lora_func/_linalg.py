@@ -158,5 +158,6 @@ def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:
         ``x_block @ E_block``, in the shape and dtype of x.
     """
     *adapters, blocks, b, _ = E.shape
-    split = x.reshape(*adapters, -1, blocks, b).transpose(-3, -2)
+    split = x.reshape(*x.shape[:-1], blocks, b)
+    split = split.reshape(*adapters, -1, blocks, b).transpose(-3, -2)
     return (split @ E.to(x.dtype)).transpose(-3, -2).reshape(x.shape)

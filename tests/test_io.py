@@ -155,6 +155,31 @@ def test_more_that_is_not_saved(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+UNFIT = {
+    "fewer blocks": (lf.OFT(block_size=2), {".oft.R": (2, 1)}),
+    "larger blocks": (lf.OFT(block_size=2), {".oft.R": (4, 3)}),
+    "more groups": (
+        lf.ROAD(group_size=2),
+        {".road1.theta": (8, 1), ".road1.alpha": (8, 1)},
+    ),
+    "pairs of another rank": (lf.SSVD(r=3), {".ssvd.K": (6,)}),
+    "blocks of another rank": (lf.AntiPaSTO(r=4, block_size=2), {".antipasto.rot_V": (3, 1)}),
+}
+
+
+@pytest.mark.parametrize(("cfg", "shapes"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_leaves_that_do_not_make_up_the_weight(cfg, shapes, adapters, tmp_path):
+    model = nn.Linear(8, 12)
+    params = lf.init(model, cfg) | {key: torch.zeros(shape) for key, shape in shapes.items()}
+    params = lf.stack([params] * adapters) if adapters > 1 else params
+    with pytest.raises(ValueError, match=r"leaves of shapes .* do not fit a weight \(12, 8\)"):
+        lf.save(params, tmp_path / "a", model=model)
+    with pytest.raises((RuntimeError, ValueError)):
+        lf.fcall(model, params, torch.ones(4, 8))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_non_finite_leaves_if_asked(tmp_path):
     params = {key: leaf * torch.nan for key, leaf in lora().items()}
     lf.save(params, tmp_path / "a", allow_nonfinite=True)
