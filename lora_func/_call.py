@@ -40,7 +40,7 @@ def fcall(
     Raises:
         TypeError: If batch is of another kind, or a variant cannot adapt a module.
         KeyError: If a key names no module or parameter of the model, or no variant.
-        ValueError: If two variants name one module, or a leaf has not its parameter's shape.
+        ValueError: If two variants name one module, or a leaf has not its axes, as in a stack.
         RuntimeError: If the model cannot run under the transforms around the call.
         BusyModelError: If the model is already running with an adapter; see ``skeleton``.
         UnusedLeafError: If an adapted module never ran, or a variant has no such leaf.
@@ -91,7 +91,7 @@ def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Modul
     Raises:
         TypeError: If a variant cannot adapt the module that a key names.
         KeyError: If a key names no module or parameter of the model, or no variant.
-        ValueError: If two variants name one module, or a leaf has not its parameter's shape.
+        ValueError: If two variants name one module, or a leaf has not its axes, as in a stack.
         BusyModelError: If the model is already running with an adapter.
 
     Example:

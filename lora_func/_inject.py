@@ -18,7 +18,7 @@ from lora_func._plan import Plan, Site, plan_of, refuse_untransformable
 from lora_func._replacements import Replacement, parameter_slots, replacements
 from lora_func._rows import Part, Rows, Together, Untouched
 from lora_func._running import Run, refuse_others, running
-from lora_func._sites import Solo
+from lora_func._sites import Solo, refuse_other_axes
 from lora_func._slots import Put, Slot
 from lora_func._transforms import (
     WhileNeeded,
@@ -178,6 +178,8 @@ def injection(
     """
     plans = tuple(plan_of(uncompiled(model), adapter) for adapter in adapters)
     adapters = tuple({**adapter} for adapter in adapters)
+    if rows is None:
+        refuse_other_axes(plans[0], adapters[0])
     refuse_untransformable(plans[0])
     replaced = _replaced(model, plans, adapters, rows)
     taken = {id(frozen_parameters(r.module)[name]) for r in replaced for name in r.new}

@@ -24,7 +24,8 @@ def multiplies(site: Site, module: nn.Module) -> bool:
     if site.parameter != "weight" or not site.variant.products_only:
         return False
     if isinstance(module, _ConvNd):
-        return type(module) in _CONVOLUTIONS and module.groups == 1
+        plain = type(module) in _CONVOLUTIONS and "_conv_forward" not in vars(module)
+        return plain and module.groups == 1
     return isinstance(module, nn.Embedding)
 
 
@@ -97,6 +98,8 @@ class AdaptedWeight:
         return function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(self.frozen if name in _SAME else _whole(self), name)
 
     def apply(self, W: Affine, x: Operand) -> Tensor:
@@ -104,6 +107,19 @@ class AdaptedWeight:
         rows: Any = x
         return self.site.variant.apply(W, self.leaves, rows)
 
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda weight, *others: getattr(_whole(weight), name)(*others)
+
+
+# Python looks an operator up in the class, and not by __getattr__
+for _name in (
+    *("getitem", "len", "iter", "bool", "deepcopy", "neg", "pos", "abs", "invert"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "matmul", "rmatmul", "pow", "rpow"),
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "mod", "rmod"),
+    *("truediv", "rtruediv", "floordiv", "rfloordiv"),
+):
+    setattr(AdaptedWeight, f"__{_name}__", _operator(f"__{_name}__"))
 
 _SAME = {"shape", "dtype", "device", "ndim", "size", "dim"}
 """What the frozen weight tells of the adapted one."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_func._bitsandbytes import is_opaque, is_quantised
-from lora_func._keys import RANK, group
+from lora_func._keys import RANK, SHARED, group, parse
 from lora_func._modules import Structure, identities, place_of, structure
 from lora_func._transforms import has_fast_path, transformed
 from lora_func._types import Variant
-from lora_func._weight import bias_name, has_matrix, is_linear, refuse_computed
+from lora_func._weight import bias_name, has_matrix, is_linear, is_stack, matrix, refuse_computed
 from lora_func.variants import by_name
 
 
@@ -51,6 +51,7 @@ class Plan(NamedTuple):
         sites: The adapted modules and parameters.
         groups: The same, module by module.
         keys: Their keys.
+        axes: Key -> the names of the axes that its leaf has in one adapter, where they are known.
         changed: The ids of the modules that run another forward or have other parameters.
         checkpoints: The modules that can recompute their part of the model in the backward pass,
             weakly.
@@ -66,6 +67,7 @@ class Plan(NamedTuple):
     sites: tuple[Site, ...]
     groups: tuple[tuple[Site, ...], ...]
     keys: frozenset[str]
+    axes: Mapping[str, tuple[str, ...]]
     changed: frozenset[int]
     checkpoints: tuple[Callable[[], nn.Module | None], ...]
     norms: tuple[Callable[[], nn.Module | None], ...]
@@ -161,6 +163,7 @@ def _make_plan(
         sites,
         tuple(map(tuple, groups.values())),
         frozenset(key for site in sites for key in site.keys.values()),
+        {key: axes for site in sites for key, axes in _axes(site).items()},
         frozenset(groups) | {id(module) for module in modules if is_quantised(module)},
         tuple(ref(m) for m in modules if hasattr(m, "gradient_checkpointing")),
         tuple(ref(m) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)),
@@ -194,6 +197,20 @@ def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -
         beside = bias_name(module._parameters, name) if variant.bias is not None else None
         claims = {name} if beside is None else {name, beside}
     return Site(path, ref(module), name, claims is not None, claims, variant, keys, reads)
+
+
+def _axes(site: Site) -> dict[str, tuple[str, ...]]:
+    """Key -> the names of its leaf's axes; leaves of a stack of weights have one in front."""
+    module, named = site.module(), site.variant.leaves
+    assert module is not None
+    weight = None if site.parameter is None else matrix(module, module._parameters, site.parameter)
+    front = ("n",) if is_stack(weight) else ()
+    found = {}
+    for leaf, key in site.keys.items():
+        names = named.get(leaf, named.get(f"{leaf}?"))
+        if names is not None:
+            found[key] = (*(() if parse(key).site == SHARED else front), *names.split())
+    return found
 
 
 def _refuse_without_matrix(

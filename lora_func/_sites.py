@@ -10,10 +10,24 @@ from torch import Tensor, nn
 from lora_func._bitsandbytes import is_quantised
 from lora_func._frozen import Forward, OtherForward, Watched, frozen_parameters
 from lora_func._operands import AdaptedWeight, multiplies
-from lora_func._plan import Site
+from lora_func._plan import Plan, Site
 from lora_func._slots import Put
 from lora_func._views import new_bias, new_weight
 from lora_func._weight import affine, bias_name, dense, is_stack, matrix, refuse_computed, stored
+
+
+def refuse_other_axes(plan: Plan, params: Mapping[str, Tensor]) -> None:
+    """Refuse a stack of adapters where one is wanted; its axis might pass for that of a batch.
+
+    Raises:
+        ValueError: If a leaf has other axes than its variant says.
+    """
+    for key, axes in plan.axes.items():
+        if params[key].ndim != len(axes):
+            raise ValueError(
+                f"{key}: got shape {tuple(params[key].shape)}, expected ({', '.join(axes)}); a "
+                "stack goes through torch.vmap or vcall"
+            )
 
 
 def leaves_of(

@@ -226,7 +226,7 @@ FAMILIES = {
             )
         ),
         speech,
-        modules=(r"conv\d",),
+        modules=(r"conv\d", r"decoder\.embed_positions"),
     ),
     "mamba2": Family(
         lambda: Mamba2ForCausalLM(

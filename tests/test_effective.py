@@ -1,5 +1,6 @@
 """Convolutions, embeddings, stacked experts, attention's own weights, tied ones: matrices all."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -398,12 +399,45 @@ def test_transforms_of_an_adapted_embedding(compiled):
     torch.testing.assert_close(lf.vcall(model, stacked, batches, batched=True), of_each)
 
 
+OPERATIONS = {
+    "rows": lambda w, ids: w[ids],
+    "slice": lambda w, ids: w[2:5],
+    "scaled": lambda w, ids: 0.5 * w + w / 2 - (-w) ** 2,
+    "compared": lambda w, ids: ((w > 0) == (w >= 0)).to(w.dtype),
+    "looped": lambda w, ids: torch.stack([*w][: len(w) // 2]),
+    "multiplied": lambda w, ids: (
+        (w @ torch.ones(8, 3).to(w)) + torch.ones(3, 20).to(w).T @ w.new_ones(3, 3)
+    ),
+    "copied": lambda w, ids: copy.copy(w).detach() + copy.deepcopy(w.detach()),
+    "called": lambda w, ids: w.square().sum(0) * w.T.mean(1),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_an_embedding_may_use_its_weight_in_any_way(operation):
+    class Other(nn.Embedding):
+        def forward(self, ids):
+            return operation(self.weight, ids)
+
+    model, params = on_layer(Other(20, 8), "lora")
+    expected = functional_call(model, with_new_weights(model, params, "weight"), (IDS,))
+    torch.testing.assert_close(lf.fcall(model, params, IDS, strict=False), expected)
+
+
+def test_a_convolution_whose_product_was_replaced():
+    model, params = on_layer(nn.Conv2d(4, 8, 2), "ia3")
+    model._conv_forward = lambda x, W, b: nn.functional.conv2d(input=x, weight=W.tanh(), bias=b)
+    x = torch.randn(2, 4, 5, 6).double()
+    expected = functional_call(model, with_new_weights(model, params, "weight"), (x,))
+    torch.testing.assert_close(lf.fcall(model, params, x), expected)
+
+
 def test_leaves_that_do_not_fit_an_embedding_are_refused():
     model, params = on_layer(TABLES["plain"], "lora")
     longer = {**params, ".lora.A": torch.ones(2, 1001).double()}
     with pytest.raises(ValueError, match=r"of shape \(2, 1001\), accepted is \(m, 1000\)"):
         lf.fcall(model, longer, IDS)
-    with pytest.raises(ValueError, match=r"of shape \(1, 2, 1000\), .*a stack goes through"):
+    with pytest.raises(ValueError, match=r"A: got shape \(1, 2, 1000\), .*; a stack goes through"):
         lf.fcall(model, lf.stack([params]), IDS)
     with pytest.raises(RuntimeError, match="Long, Int"):
         lf.fcall(model, params, torch.ones(2))

@@ -147,6 +147,18 @@ def test_vmap_over_a_stack_equals_the_loop(case, d_in, d_out, seed, adapters):
 
 
 @EACH_CASE
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_stack_is_refused_where_one_adapter_is_wanted(case, adapters):
+    """Its axis might pass for that of the batch."""
+    layer = make_layer(case, d_in=4, d_out=4, r=1)
+    _, stacked = scrambled_stack(layer, adapters, seed=0)
+    x = torch.randn(adapters, 3, layer.W.shape[1], dtype=torch.float64)
+    params = {f".{layer.variant.name}.{name}": leaf for name, leaf in stacked.items()}
+    with pytest.raises(ValueError, match="a stack goes through"):
+        lf.fcall(layer.module, params, x)
+
+
+@EACH_CASE
 @given(data=st.data())
 def test_nothing_that_goes_in_is_written_to(case, data):
     layer = data.draw(layers(case, scrambled=True))

@@ -113,7 +113,8 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     """
     W = dense(W)
     g = _gain(W, params)[:, None]
-    added = (g * scaled(params["B"], params["_scale"])) @ params["A"]
+    up = g * scaled(params["B"], params["_scale"])
+    added = up @ params["A"].to(up.dtype)
     return W + (g - 1).to(W.dtype) * W + added.to(W.dtype)
 
 

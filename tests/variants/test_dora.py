@@ -11,6 +11,7 @@ import lora_func as lf
 from lora_func import Affine
 from lora_func.variants import dora
 from tests.cases import Case, make_layer
+from tests.models import scramble
 from tests.parity import assert_parity, relative, same
 from tests.strategies import layers
 
@@ -99,6 +100,15 @@ def test_rows_below_the_smallest_normal_number_start_as_they_are():
     x = torch.full((1, 8), 100.0).half()
     params = lf.init(model, lf.DoRA(r=2), dtype=torch.float16)
     assert torch.equal(lf.fcall(model, params, x), model(x))
+
+
+def test_factors_may_be_narrower_than_the_magnitudes():
+    model = nn.Sequential(nn.Linear(8, 4)).requires_grad_(False)
+    params = scramble(lf.init(model, lf.DoRA(r=2)))
+    params |= {key: leaf.bfloat16() for key, leaf in params.items() if key[-1] in "AB"}
+    x = torch.randn(3, 8)
+    merged = torch.func.functional_call(model, lf.merge(model, params), (x,))
+    torch.testing.assert_close(lf.fcall(model, params, x), merged, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("bias", [True, False])
