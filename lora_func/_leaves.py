@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -90,22 +90,30 @@ def _leading_of_leaves(
 ) -> tuple[int, ...]:
     """The axes before those that a variant names, but for that of a stack of weights."""
     leading = _leading(where, variant, shapes, shared, () if W is None else W.weight.shape)
-    if W is not None:
+    if W is not None and variant.leaves:
         axes = {leaf.removesuffix("?"): len(of.split()) for leaf, of in variant.leaves.items()}
-        own = {leaf: shape[len(shape) - axes.get(leaf, 0) :] for leaf, shape in shapes.items()}
+        own = {leaf: shape[len(shape) - axes[leaf] :] for leaf, shape in shapes.items()}
         d_out, d_in = W.weight.shape[-2:]
         if not _fit(variant.name, (*own.items(),), d_out, d_in):
             raise ValueError(f"{where}: leaves of shapes {own} do not fit a weight {d_out, d_in}")
     return leading
 
 
+_Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+
+
 @cache
-def _fit(name: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], d_out: int, d_in: int) -> bool:
+def _fit(name: str, shapes: _Shapes, d_out: int, d_in: int) -> bool:
     """Whether a variant runs with such leaves; not if its blocks do not make up d_in, say."""
-    empty = partial(torch.empty, device="meta")
-    leaves = {leaf: empty(shape) for leaf, shape in shapes}
+    # an apply that looks at numbers fails on the first device whatever the shapes
+    return any(_runs(name, shapes, d_out, d_in, device) for device in ("meta", "cpu"))
+
+
+def _runs(name: str, shapes: _Shapes, d_out: int, d_in: int, device: str) -> bool:
+    zeros = partial(torch.zeros, device=device)
+    leaves = {leaf: zeros(shape) for leaf, shape in shapes}
     try:
-        y = by_name(name).apply(Affine(empty(d_out, d_in)), leaves, empty(1, d_in))
+        y = by_name(name).apply(Affine(zeros(d_out, d_in)), leaves, zeros(1, d_in))
     except (RuntimeError, ValueError, IndexError):
         return False
     return y.shape == (1, d_out)

@@ -180,6 +180,40 @@ def test_leaves_that_do_not_make_up_the_weight(cfg, shapes, adapters, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+class Switch(lf.LinearConfig):
+    """Of a variant that looks at a number, and so cannot be tried by shapes alone."""
+
+
+class Unnamed(lf.LinearConfig):
+    """Of a variant that does not name the axes of its leaves."""
+
+
+def _start(W, cfg, generator, stats):
+    return {"g": torch.ones(W.shape[0]), "_off": torch.zeros(())}
+
+
+def _apply(W, params, x):
+    return lf.linear(x, W) * (1 if params["_off"].item() else params["g"])
+
+
+lf.register(lf.Variant("switch", Switch, _start, _apply, leaves={"g": "any", "_off": ""}))
+lf.register(lf.Variant("unnamed", Unnamed, _start, _apply))
+
+
+@pytest.mark.parametrize("cfg", [Switch(), Unnamed()])
+def test_variants_of_which_shapes_tell_little(cfg, tmp_path):
+    model, path = nn.Linear(6, 4), tmp_path / "a"
+    params = lf.init(model, cfg)
+    lf.save(params, path, model=model)
+    assert_identical(lf.load(path, model=model), params)
+
+
+def test_a_variant_that_looks_at_a_number_is_tried_with_numbers(tmp_path):
+    wrong = {".switch.g": torch.zeros(5), ".switch._off": torch.zeros(())}
+    with pytest.raises(ValueError, match=r"do not fit a weight \(4, 6\)"):
+        lf.save(wrong, tmp_path / "a", model=nn.Linear(6, 4))
+
+
 def test_non_finite_leaves_if_asked(tmp_path):
     params = {key: leaf * torch.nan for key, leaf in lora().items()}
     lf.save(params, tmp_path / "a", allow_nonfinite=True)
