@@ -11,7 +11,7 @@ import copy
 
 import peft
 import torch
-from measuring import Row, alternately, parser_of, report, training_step
+from measuring import Row, alternately, parser_of, ratios_to_floor, report, training_step
 from torch import nn
 from tqdm import tqdm
 from transformers import Qwen3MoeConfig
@@ -34,7 +34,7 @@ def experts(width: int) -> nn.Module:
 
 
 def layers(options) -> dict:
-    """Layer -> the module, its input, our targets and PEFT's."""
+    """Layer -> the module, its input, and the targets, for us and for PEFT."""
     width, vocabulary = options.width, options.vocabulary
     by_module = {"target_modules": ["0"]}
     return {
@@ -42,18 +42,15 @@ def layers(options) -> dict:
             nn.Embedding(vocabulary, width),
             torch.randint(0, vocabulary, (2, 64)),
             by_module,
-            by_module,
         ),
         "convolution": (
             nn.Conv2d(width // 4, width // 4, 3, padding=1),
             torch.randn(2, width // 4, 28, 28, requires_grad=True),
             by_module,
-            by_module,
         ),
         "experts": (
             experts(width),
             torch.randn(2, 64, width, requires_grad=True),
-            {"target_modules": (), "target_parameters": WEIGHTS},
             {"target_modules": [], "target_parameters": WEIGHTS},
         ),
     }
@@ -61,11 +58,11 @@ def layers(options) -> dict:
 
 def measure(name: str, options) -> Row:
     torch.manual_seed(0)
-    module, x, ours, theirs = layers(options)[name]
+    module, x, targets = layers(options)[name]
     model = nn.Sequential(module).requires_grad_(False).to(options.device)
     x = x.detach().to(options.device).requires_grad_(x.requires_grad)
-    params = lf.init(model, lf.LoRA(r=8, **ours))
-    other = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, **theirs))
+    params = lf.init(model, lf.LoRA(r=8, **targets))
+    other = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, **targets))
 
     def floor() -> None:
         y = model(x)
@@ -80,12 +77,8 @@ def measure(name: str, options) -> Row:
         },
         options.repeats,
     )
-    return {
-        "layer": name,
-        **{f"{side} ms": 1e3 * spent for side, spent in seconds.items()},
-        "ours / floor": seconds["ours"] / seconds["floor"],
-        "PEFT / ours": seconds["PEFT"] / seconds["ours"],
-    }
+    spent = {f"{side} ms": 1e3 * of_side for side, of_side in seconds.items()}
+    return {"layer": name, **spent, **ratios_to_floor(seconds)}
 
 
 def main() -> None:

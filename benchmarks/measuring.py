@@ -169,6 +169,15 @@ def in_processes(file: str, choices: Sequence[Any]) -> list[Row]:
     return [run(choice) for choice in tqdm(choices, unit="process")]
 
 
+def ratios_to_floor(seconds: Mapping[str, float]) -> Row:
+    """The ratios of our time and PEFT's, if it was taken, to the floor's, and of the two."""
+    row = {"ours / floor": seconds["ours"] / seconds["floor"]}
+    if "PEFT" in seconds:
+        row["PEFT / floor"] = seconds["PEFT"] / seconds["floor"]
+        row["PEFT / ours"] = seconds["PEFT"] / seconds["ours"]
+    return row
+
+
 def ratios_to_first(rows: Sequence[Row], *columns: str) -> None:
     """Add to each row the ratio of its figures to those of the first."""
     for row in rows:

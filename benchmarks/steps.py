@@ -17,6 +17,7 @@ from measuring import (
     floor_step,
     parser_of,
     qwen3,
+    ratios_to_floor,
     report,
     tokens,
     training_step,
@@ -77,12 +78,7 @@ def measure(name: str, options) -> Row:
     functions = steps_of(name, options)
     slow = name == "hra"  # PEFT builds a dense matrix for each reflection
     seconds = alternately(functions, max(options.repeats // 4, 3) if slow else options.repeats)
-    row = {"variant": name, "floor ms": 1e3 * seconds["floor"]}
-    row["ours / floor"] = seconds["ours"] / seconds["floor"]
-    if "PEFT" in seconds:
-        row["PEFT / floor"] = seconds["PEFT"] / seconds["floor"]
-        row["PEFT / ours"] = seconds["PEFT"] / seconds["ours"]
-    return row
+    return {"variant": name, "floor ms": 1e3 * seconds["floor"], **ratios_to_floor(seconds)}
 
 
 def main() -> None:

@@ -91,8 +91,8 @@ def _leading_of_leaves(
     """The axes before those that a variant names, but for that of a stack of weights."""
     leading = _leading(where, variant, shapes, shared, () if W is None else W.weight.shape)
     if W is not None and variant.leaves:
-        axes = {leaf.removesuffix("?"): len(of.split()) for leaf, of in variant.leaves.items()}
-        own = {leaf: shape[len(shape) - axes[leaf] :] for leaf, shape in shapes.items()}
+        axes = variant.axes
+        own = {leaf: shape[len(shape) - len(axes[leaf]) :] for leaf, shape in shapes.items()}
         d_out, d_in = W.weight.shape[-2:]
         if not _fit(variant.name, (*own.items(),), d_out, d_in):
             raise ValueError(f"{where}: leaves of shapes {own} do not fit a weight {d_out, d_in}")
@@ -139,7 +139,7 @@ def _leading(
     shared: set[str],
     weight: tuple[int, ...],
 ) -> tuple[int, ...]:
-    known = {leaf.removesuffix("?"): axes.split() for leaf, axes in variant.leaves.items()}
+    known = variant.axes
     needed = {leaf for leaf in variant.leaves if not leaf.endswith("?")}
     if missing := needed - shapes.keys():
         raise ValueError(f"{where}{min(missing)}: this leaf is missing")

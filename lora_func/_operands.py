@@ -84,7 +84,7 @@ class AdaptedWeight:
     site: Site
     frozen: Tensor
     leaves: Mapping[str, Tensor]
-    whole: Callable[[], Mapping[str, Tensor]]
+    whole: Callable[[], Tensor]
 
     @classmethod
     def __torch_function__(
@@ -94,13 +94,13 @@ class AdaptedWeight:
         y = None if run is None else run(function, *args, **kwargs)
         if y is not None:
             return y
-        args, kwargs = tree_map_only(cls, _whole, (args, kwargs))
+        args, kwargs = tree_map_only(cls, lambda weight: weight.whole(), (args, kwargs))
         return function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.frozen if name in _SAME else _whole(self), name)
+        return getattr(self.frozen if name in _SAME else self.whole(), name)
 
     def apply(self, W: Affine, x: Operand) -> Tensor:
         """Run the variant's ``apply``."""
@@ -109,7 +109,7 @@ class AdaptedWeight:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    return lambda weight, *others: getattr(_whole(weight), name)(*others)
+    return lambda weight, *others: getattr(weight.whole(), name)(*others)
 
 
 # Python looks an operator up in the class, and not by __getattr__
@@ -123,10 +123,6 @@ for _name in (
 
 _SAME = {"shape", "dtype", "device", "ndim", "size", "dim"}
 """What the frozen weight tells of the adapted one."""
-
-
-def _whole(weight: AdaptedWeight) -> Any:
-    return weight.whole()["weight"]
 
 
 def _embedding(

@@ -201,16 +201,15 @@ def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -
 
 def _axes(site: Site) -> dict[str, tuple[str, ...]]:
     """Key -> the names of its leaf's axes; leaves of a stack of weights have one in front."""
-    module, named = site.module(), site.variant.leaves
+    module, axes = site.module(), site.variant.axes
     assert module is not None
     weight = None if site.parameter is None else matrix(module, module._parameters, site.parameter)
     front = ("n",) if is_stack(weight) else ()
-    found = {}
-    for leaf, key in site.keys.items():
-        names = named.get(leaf, named.get(f"{leaf}?"))
-        if names is not None:
-            found[key] = (*(() if parse(key).site == SHARED else front), *names.split())
-    return found
+    return {
+        key: axes[leaf] if parse(key).site == SHARED else (*front, *axes[leaf])
+        for leaf, key in site.keys.items()
+        if leaf in axes
+    }
 
 
 def _refuse_without_matrix(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +84,11 @@ def run_sites(
 def _standing_in(
     site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
 ) -> dict[str, AdaptedWeight]:
-    whole = partial(effective, site, module, {**own}, leaves)
+    base = {**own}
+
+    def whole() -> Tensor:
+        return effective(site, module, base, leaves)["weight"]
+
     return {"weight": AdaptedWeight(site, own["weight"], leaves, whole)}
 
 

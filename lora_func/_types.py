@@ -167,10 +167,15 @@ class Variant(NamedTuple):
     products_only: bool = False
 
     @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Leaf -> the names of its axes, whether it may be missing or not."""
+        return {leaf.removesuffix("?"): (*of.split(),) for leaf, of in self.leaves.items()}
+
+    @property
     def rank_axes(self) -> dict[str, int]:
         """Leaf -> its rank axis, counted from the end; empty for a variant without rank."""
-        axes = {leaf.removesuffix("?"): names.split() for leaf, names in self.leaves.items()}
-        return {leaf: names.index("r") - len(names) for leaf, names in axes.items() if "r" in names}
+        axes = self.axes.items()
+        return {leaf: names.index("r") - len(names) for leaf, names in axes if "r" in names}
 
 
 def rank_of(variant: Variant, leaves: Mapping[str, Tensor]) -> int:
