@@ -3,29 +3,28 @@
 ``params = init(model, cfg); loss = fcall(model, params, batch)``
 """
 
-from lora_func._algebra import AsLoRA, combine, to_lora
-from lora_func._attach import Attached, attach
-from lora_func._call import adapted, fcall
-from lora_func._config import (
+from lora_func.adapter._algebra import AsLoRA, combine, to_lora
+from lora_func.adapter._keys import partition
+from lora_func.adapter._stack import stack, unstack
+from lora_func.adapter._summary import summary
+from lora_func.configs import (
     AdapterConfig,
     LinearConfig,
     LowRankConfig,
     ParameterConfig,
     RankConfig,
 )
-from lora_func._errors import AdapterFileError, BusyModelError, FoldError, UnusedLeafError
-from lora_func._init import init
-from lora_func._io import load, save
-from lora_func._keys import partition
-from lora_func._merge import merge
-from lora_func._running import skeleton
-from lora_func._stack import stack, unstack
-from lora_func._summary import summary
-from lora_func._sweep import clip_grad_norm, vcall
-from lora_func._targets import find_targets
-from lora_func._training import TrainingState, load_training_state, save_training_state
-from lora_func._types import Params, Variant
-from lora_func._weight import Affine, Weight, dense, linear
+from lora_func.errors import AdapterFileError, BusyModelError, FoldError, UnusedLeafError
+from lora_func.export._attach import Attached, attach
+from lora_func.export._merge import merge
+from lora_func.files._adapters import load, save
+from lora_func.files._training_state import TrainingState, load_training_state, save_training_state
+from lora_func.initialization._init import init
+from lora_func.runtime._call import adapted, fcall
+from lora_func.runtime._running import skeleton
+from lora_func.sweep._sweep import clip_grad_norm, vcall
+from lora_func.targeting._targets import find_targets
+from lora_func.variant import Params, Variant
 from lora_func.variants import register
 from lora_func.variants.antipasto import AntiPaSTO
 from lora_func.variants.bitfit import BitFit
@@ -44,6 +43,7 @@ from lora_func.variants.shira import SHiRA
 from lora_func.variants.ssteer import SSteer
 from lora_func.variants.ssvd import SSVD
 from lora_func.variants.vera import VeRA
+from lora_func.weights._layers import Affine, Weight, dense, linear
 
 __all__ = [
     "EVA",

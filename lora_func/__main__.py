@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import lora_func as lf
-from lora_func._files import bits, read
-from lora_func._io import ADAPTER, refuse_unfitting
+from lora_func.files._adapters import ADAPTER, refuse_unfitting
+from lora_func.files._container import bits, read
 from lora_func.peft import to_peft
 
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from tests.cases import CASES
-from tests.families import FAMILIES
-from tests.models import batch_for, make, scramble
-from tests.quantised import make_quantised
+from tests.support.cases import CASES
+from tests.support.families import FAMILIES
+from tests.support.models import batch_for, make, scramble
+from tests.support.quantised import make_quantised
 from tests.test_call import assert_same, snapshot
 from tests.test_variants import adapter
 

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 
 import lora_func as lf
-from tests.families import FAMILIES
-from tests.models import batch_for, make, scramble
-from tests.quantised import make_quantised
+from tests.support.families import FAMILIES
+from tests.support.models import batch_for, make, scramble
+from tests.support.quantised import make_quantised
 from tests.test_call import assert_same as assert_same_bits
 from tests.test_call import snapshot
 from tests.test_effective import TiedTwice

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import lora_func as lf
-from tests.models import batch_for, make
+from tests.support.models import batch_for, make
 
 
 @dataclass(frozen=True, kw_only=True)

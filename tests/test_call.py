@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import lora_func as lf
-from lora_func._running import running
+from lora_func.runtime._running import running
 from tests.test_models import adapter, merged
 
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import (
 from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
 import lora_func as lf
-from tests.families import FAMILIES
-from tests.models import batch_for, make, scramble
+from tests.support.families import FAMILIES
+from tests.support.models import batch_for, make, scramble
 from tests.test_call import assert_same, snapshot
 
 EACH_MODEL = pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert"])

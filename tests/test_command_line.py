@@ -8,7 +8,7 @@ import torch
 
 import lora_func as lf
 from lora_func.peft import from_peft
-from tests.models import batch_for, make, scramble
+from tests.support.models import batch_for, make, scramble
 
 WHERE = ("--out", "{out}", "--model", "{model}")
 

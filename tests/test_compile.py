@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_func as lf
-from tests.models import batch_for, make, scramble
+from tests.support.models import batch_for, make, scramble
 
 gradient = torch.func.grad(lf.fcall, argnums=1)
 OVER_ADAPTERS = (None, 0, None)

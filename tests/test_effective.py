@@ -10,11 +10,11 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import lora_func as lf
-from lora_func._keys import SHARED, group
-from lora_func._weight import Affine
+from lora_func.adapter._keys import SHARED, group
 from lora_func.variants import by_name
-from tests.cases import CASES, Made
-from tests.models import scramble
+from lora_func.weights._layers import Affine
+from tests.support.cases import CASES, Made
+from tests.support.models import scramble
 
 
 class Experts(nn.Module):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
-from lora_func._entries import beside_entries
-from lora_func._weight import Affine
-from tests.cases import Made
-from tests.strategies import dims, seeds
+from lora_func.numerics._entries import beside_entries
+from lora_func.weights._layers import Affine
+from tests.support.cases import Made
+from tests.support.strategies import dims, seeds
 
 WIDE = 50
 

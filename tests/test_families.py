@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_func as lf
-from tests.families import FAMILIES
+from tests.support.families import FAMILIES
 from tests.test_call import assert_same, snapshot
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from tests.models import make
+from tests.support.models import make
 
 
 def mlp():

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_func as lf
-from lora_func import _files
-from lora_func._files import OURS
-from lora_func._fingerprint import fingerprint
-from tests.cases import CASES
-from tests.models import batch_for, make, scramble
-from tests.quantised import KINDS, make_quantised
-from tests.strategies import layers
+from lora_func.files import _container
+from lora_func.files._container import OURS
+from lora_func.files._fingerprint import fingerprint
+from tests.support.cases import CASES
+from tests.support.models import batch_for, make, scramble
+from tests.support.quantised import KINDS, make_quantised
+from tests.support.strategies import layers
 from tests.test_call import assert_same, snapshot
 from tests.test_families import EACH_FAMILY
 from tests.test_variants import adapter, each_pair
@@ -314,13 +314,13 @@ lf.save(lf.init(model, lf.LoRA(r=2), seed=1), path)
 def test_what_is_written_is_read_again(tmp_path, monkeypatch):
     lf.save(lora(), tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
-    read = _files.read
+    read = _container.read
 
     def misread(path, kind):
         content = read(path, kind)
         return content._replace(tensors={k: t + 1 for k, t in content.tensors.items()})
 
-    monkeypatch.setattr(_files, "read", misread)
+    monkeypatch.setattr(_container, "read", misread)
     with pytest.raises(OSError, match="is not what is read"):
         lf.save(lora(alpha=7), tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before
@@ -419,7 +419,7 @@ def test_contents_that_are_no_adapter(tmp_path):
         ({k: params[k] for k in [*params][1:]}, r"lora\.A: this leaf is missing"),
         (params | {".lora.B": params[".lora.B"][:, :1]}, r"lora\.B: got shape \(4, 1\)"),
     ]:
-        _files.write(path, _files.Content("adapter", changed, {"base": None}, {}))
+        _container.write(path, _container.Content("adapter", changed, {"base": None}, {}))
         with pytest.raises(lf.AdapterFileError, match=message):
             lf.load(path)
 

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora_func as lf
-from lora_func._operands import Operand
-from lora_func._weight import Affine, dense
-from tests.cases import CASES, Layers, make_layer, make_params, random_like, scrambled_stack
-from tests.strategies import dims, layers, seeds
+from lora_func.runtime._operands import Operand
+from lora_func.weights._layers import Affine, dense
+from tests.support.cases import CASES, Layers, make_layer, make_params, random_like, scrambled_stack
+from tests.support.strategies import dims, layers, seeds
 
 LINEAR = [case for case in CASES if make_layer(case).variant.weight is not None]
 

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_func._linalg import kaiming_uniform, low_rank_norm
-from lora_func._products import scaled
-from tests.strategies import dims, seeds
+from lora_func.numerics._linalg import kaiming_uniform, low_rank_norm
+from lora_func.numerics._products import scaled
+from tests.support.strategies import dims, seeds
 
 
 @given(d_in=dims, d_out=dims, r=dims, seed=seeds)

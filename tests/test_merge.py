@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from tests.families import FAMILIES
-from tests.models import batch_for, make, scramble
-from tests.quantised import KINDS, dequantised, make_quantised
+from tests.support.families import FAMILIES
+from tests.support.models import batch_for, make, scramble
+from tests.support.quantised import KINDS, dequantised, make_quantised
 from tests.test_call import assert_same, snapshot
 from tests.test_families import EACH_FAMILY
 from tests.test_variants import adapter, each_pair

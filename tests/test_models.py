@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_func as lf
-from lora_func._keys import group
-from tests.models import MODELS, batch_for, make, merged, scramble
+from lora_func.adapter._keys import group
+from tests.support.models import MODELS, batch_for, make, merged, scramble
 
 EACH_MODEL = pytest.mark.parametrize("family", MODELS)
 OVER_ADAPTERS = (None, 0, None)

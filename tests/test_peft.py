@@ -11,10 +11,9 @@ from peft import PeftModel
 from torch import nn
 
 import lora_func as lf
-from lora_func import _peft_write
-from lora_func.peft import from_peft, to_peft
-from tests.cases import CASES
-from tests.models import batch_for, make, scramble
+from lora_func.peft import _write, from_peft, to_peft
+from tests.support.cases import CASES
+from tests.support.models import batch_for, make, scramble
 from tests.test_call import assert_same, snapshot
 from tests.test_variants import adapter
 
@@ -264,7 +263,7 @@ def test_half_a_checkpoint_is_none(tmp_path, monkeypatch):
             raise OSError("full")
         replace_file(path, *args)
 
-    monkeypatch.setattr(_peft_write, "replace_file", failing)
+    monkeypatch.setattr(_write, "replace_file", failing)
     with pytest.raises(OSError, match="full"):
         to_peft(lf.init(model, lf.LoRA(r=2, alpha=40)), tmp_path, model=model)
     with pytest.raises(FileNotFoundError):

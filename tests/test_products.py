@@ -9,12 +9,12 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import lora_func as lf
-from lora_func._linalg import cayley, skew
-from lora_func._products import beside, gained
-from lora_func._weight import Affine
+from lora_func.numerics._linalg import cayley, skew
+from lora_func.numerics._products import beside, gained
 from lora_func.variants import by_name
-from tests.cases import CASES, Made, make_layer, scrambled_stack
-from tests.strategies import dims, seeds
+from lora_func.weights._layers import Affine
+from tests.support.cases import CASES, Made, make_layer, scrambled_stack
+from tests.support.strategies import dims, seeds
 
 
 def close(a, b):

@@ -7,9 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_func as lf
-from lora_func._weight import Affine, affine, dense, linear, times
-from tests.models import batch_for, make, scramble
-from tests.quantised import KINDS, dequantised, make_quantised, quantise_layer, quantised
+from lora_func.weights._layers import Affine, affine, dense, linear, times
+from tests.support.models import batch_for, make, scramble
+from tests.support.quantised import KINDS, dequantised, make_quantised, quantise_layer, quantised
 from tests.test_call import assert_same, snapshot
 from tests.test_compile import FUNCTIONS as COMPILED
 from tests.test_compile import adapters as adapters_to_compile

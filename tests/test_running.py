@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from tests.models import batch_for, make
+from tests.support.models import batch_for, make
 from tests.test_call import assert_same, snapshot
 from tests.test_models import adapter
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
-from tests.strategies import seeds
+from tests.support.strategies import seeds
 
 
 def mlp():

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 import lora_func as lf
-from tests.families import of_class, text
-from tests.models import batch_for, make, scramble
+from tests.support.families import of_class, text
+from tests.support.models import batch_for, make, scramble
 from tests.test_call import assert_same, snapshot
 from tests.test_running import Gate
 from tests.test_variants import ADAPTERS, adapter, families

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import lora_func as lf
-from tests.models import bert, gpt2, qwen3
+from tests.support.models import bert, gpt2, qwen3
 
 
 def sites(model, cfg):

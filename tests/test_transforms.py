@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lora_func as lf
-from lora_func._transforms import held, settings_now
+from lora_func.runtime._transforms import held, settings_now
 
 
 def settings():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lora_func as lf
-from tests.cases import CASES
-from tests.models import MODELS, batch_for, make, merged, scramble
+from tests.support.cases import CASES
+from tests.support.models import MODELS, batch_for, make, merged, scramble
 
 EACH_MODEL = pytest.mark.parametrize("family", MODELS)
 OVER_ADAPTERS = (None, 0, None)

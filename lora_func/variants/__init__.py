@@ -1,7 +1,7 @@
 """The table of variants, and the door for those of others."""
 
-from lora_func._config import AdapterConfig
-from lora_func._types import Variant
+from lora_func.configs import AdapterConfig
+from lora_func.variant import Variant
 from lora_func.variants import (
     antipasto,
     bitfit,

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._config import LinearConfig
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func.configs import LinearConfig
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_choice, check_count, check_number
-from lora_func._config import Calibration, RankConfig
-from lora_func._linalg import (
+from lora_func.checks import check_choice, check_count, check_number
+from lora_func.configs import Calibration, RankConfig
+from lora_func.numerics._linalg import (
     SINGULAR,
     along_rows,
     at_least_float32,
@@ -42,10 +42,10 @@ from lora_func._linalg import (
     skew,
     svd,
 )
-from lora_func._moments import Moments, observe
-from lora_func._products import beside, scaled
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense
+from lora_func.numerics._moments import Moments, observe
+from lora_func.numerics._products import beside, scaled
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)

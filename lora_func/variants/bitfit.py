@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_flag
-from lora_func._config import LinearConfig
-from lora_func._linalg import along_rows
-from lora_func._types import Variant
-from lora_func._weight import Affine, Weight, bias_of, dense, linear
+from lora_func.checks import check_flag
+from lora_func.configs import LinearConfig
+from lora_func.numerics._linalg import along_rows
+from lora_func.variant import Variant
+from lora_func.weights._layers import Affine, Weight, bias_of, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)

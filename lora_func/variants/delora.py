@@ -24,17 +24,17 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_choice, check_number
-from lora_func._config import RankConfig
-from lora_func._linalg import (
+from lora_func.checks import check_choice, check_number
+from lora_func.configs import RankConfig
+from lora_func.numerics._linalg import (
     at_least_float32,
     difference,
     kaiming_uniform,
     low_rank_norm,
 )
-from lora_func._products import beside
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense
+from lora_func.numerics._products import beside
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense
 
 _FLOOR = 1e-4
 

@@ -26,19 +26,19 @@ import torch
 from torch import Generator, Tensor
 from torch.linalg import vecdot
 
-from lora_func._config import LowRankConfig
-from lora_func._linalg import (
+from lora_func.configs import LowRankConfig
+from lora_func.numerics._linalg import (
     along_rows,
     at_least_float32,
     kaiming_uniform,
     refuse_rank_above,
     without_autocast,
 )
-from lora_func._low_rank import LOW_RANK
-from lora_func._low_rank import apply as low_rank
-from lora_func._products import gained, scaled
-from lora_func._types import Variant
-from lora_func._weight import Weight, bias_of, dense, times
+from lora_func.numerics._low_rank import LOW_RANK
+from lora_func.numerics._low_rank import apply as low_rank
+from lora_func.numerics._products import gained, scaled
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, bias_of, dense, times
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_flag, check_number
-from lora_func._config import Calibration, LowRankConfig
-from lora_func._linalg import refuse_rank_above
-from lora_func._low_rank import LOW_RANK, apply, delta_norm, weight
-from lora_func._moments import Components, Moments, observe, principal_components
-from lora_func._types import Variant
-from lora_func._weight import Weight
+from lora_func.checks import check_flag, check_number
+from lora_func.configs import Calibration, LowRankConfig
+from lora_func.numerics._linalg import refuse_rank_above
+from lora_func.numerics._low_rank import LOW_RANK, apply, delta_norm, weight
+from lora_func.numerics._moments import Components, Moments, observe, principal_components
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from lora_func._config import ParameterConfig
-from lora_func._types import Variant
-from lora_func._weight import Affine, Weight, dense, linear
+from lora_func.configs import ParameterConfig
+from lora_func.variant import Variant
+from lora_func.weights._layers import Affine, Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)

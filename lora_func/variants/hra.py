@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._config import RankConfig
-from lora_func._linalg import at_least_float32, without_autocast
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func.configs import RankConfig
+from lora_func.numerics._linalg import at_least_float32, without_autocast
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_flag
-from lora_func._config import LowRankConfig
-from lora_func._linalg import kaiming_uniform, refuse_rank_above
-from lora_func._low_rank import LOW_RANK, apply, delta_norm, weight
-from lora_func._types import Variant
-from lora_func._weight import Weight
+from lora_func.checks import check_flag
+from lora_func.configs import LowRankConfig
+from lora_func.numerics._linalg import kaiming_uniform, refuse_rank_above
+from lora_func.numerics._low_rank import LOW_RANK, apply, delta_norm, weight
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_count
-from lora_func._config import LowRankConfig
-from lora_func._linalg import difference, low_rank_norm, svd
-from lora_func._low_rank import LOW_RANK
-from lora_func._products import beside, scaled
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense
+from lora_func.checks import check_count
+from lora_func.configs import LowRankConfig
+from lora_func.numerics._linalg import difference, low_rank_norm, svd
+from lora_func.numerics._low_rank import LOW_RANK
+from lora_func.numerics._products import beside, scaled
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)

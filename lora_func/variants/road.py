@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_choice, check_count
-from lora_func._config import LinearConfig
-from lora_func._linalg import at_least_float32
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense, linear
+from lora_func.checks import check_choice, check_count
+from lora_func.configs import LinearConfig
+from lora_func.numerics._linalg import at_least_float32
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense, linear
 
 _KINDS = (1, 2, 4)
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_choice
-from lora_func._config import Calibration, RankConfig
-from lora_func._entries import beside_entries, with_entries
-from lora_func._linalg import at_least_float32
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense
+from lora_func.checks import check_choice
+from lora_func.configs import Calibration, RankConfig
+from lora_func.numerics._entries import beside_entries, with_entries
+from lora_func.numerics._linalg import at_least_float32
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,18 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_choice, check_count, check_number
-from lora_func._config import Calibration, LinearConfig
-from lora_func._linalg import SINGULAR, along_rows, at_least_float32, refuse_rank_above, svd
-from lora_func._products import beside
-from lora_func._types import BiasFn, Variant, WeightFn
-from lora_func._weight import Weight, dense
+from lora_func.checks import check_choice, check_count, check_number
+from lora_func.configs import Calibration, LinearConfig
+from lora_func.numerics._linalg import (
+    SINGULAR,
+    along_rows,
+    at_least_float32,
+    refuse_rank_above,
+    svd,
+)
+from lora_func.numerics._products import beside
+from lora_func.variant import BiasFn, Variant, WeightFn
+from lora_func.weights._layers import Weight, dense
 
 _NAMES = {"scale": "ssteer", "exp": "ssteer_exp", "add": "ssteer_add", "ablate": "ssteer_ablate"}
 

@@ -24,12 +24,12 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_choice, check_count, check_number
-from lora_func._config import LinearConfig
-from lora_func._linalg import SINGULAR, along_rows, at_least_float32, cayley, skew, svd
-from lora_func._products import beside
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense
+from lora_func.checks import check_choice, check_count, check_number
+from lora_func.configs import LinearConfig
+from lora_func.numerics._linalg import SINGULAR, along_rows, at_least_float32, cayley, skew, svd
+from lora_func.numerics._products import beside
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func._checks import check_count, check_number
-from lora_func._config import LinearConfig
-from lora_func._linalg import along_rows
-from lora_func._products import beside
-from lora_func._types import Variant
-from lora_func._weight import Weight, dense
+from lora_func.checks import check_count, check_number
+from lora_func.configs import LinearConfig
+from lora_func.numerics._linalg import along_rows
+from lora_func.numerics._products import beside
+from lora_func.variant import Variant
+from lora_func.weights._layers import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)

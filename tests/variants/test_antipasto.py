@@ -12,9 +12,9 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.variants import antipasto
-from tests.cases import Case, make_layer
-from tests.parity import relative
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import relative
+from tests.support.strategies import layers
 
 
 def case(rotate, b=2, **settings):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from tests.parity import assert_parity
+from tests.support.parity import assert_parity
 
 
 def test_formula():

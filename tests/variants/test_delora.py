@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_func as lf
-from tests.cases import Case, make_layer
-from tests.parity import assert_parity, same
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import assert_parity, same
+from tests.support.strategies import layers
 
 ZERO_B = Case("delora", lambda r: lf.DeLoRA(r=r))
 COPY = Case("delora", lambda r: lf.DeLoRA(r=r, init="frozen_copy"))

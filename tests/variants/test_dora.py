@@ -10,10 +10,10 @@ from torch import nn
 import lora_func as lf
 from lora_func import Affine
 from lora_func.variants import dora
-from tests.cases import Case, make_layer
-from tests.models import scramble
-from tests.parity import assert_parity, relative, same
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.models import scramble
+from tests.support.parity import assert_parity, relative, same
+from tests.support.strategies import layers
 
 DORA = Case("dora", lambda r: lf.DoRA(r=r, alpha=3.0))
 

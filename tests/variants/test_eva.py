@@ -7,7 +7,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 
 import lora_func as lf
-from tests.models import make
+from tests.support.models import make
 
 
 class Model(nn.Module):

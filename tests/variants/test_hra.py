@@ -9,9 +9,9 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.variants import hra
-from tests.cases import Case, make_layer
-from tests.parity import assert_parity, relative
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import assert_parity, relative
+from tests.support.strategies import layers
 
 HRA = Case("hra", lambda r: lf.HRA(r=r), fit=lambda d_in, d_out, r: (d_in, d_out, 2 * r))
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 
 import lora_func as lf
-from tests.cases import Case
-from tests.parity import assert_parity
-from tests.strategies import layers
+from tests.support.cases import Case
+from tests.support.parity import assert_parity
+from tests.support.strategies import layers
 
 
 @given(layer=layers(Case("ia3", lambda r: lf.IA3()), scrambled=True))

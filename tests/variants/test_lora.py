@@ -10,9 +10,9 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
-from tests.cases import Case, make_layer
-from tests.parity import assert_parity, same
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import assert_parity, same
+from tests.support.strategies import layers
 
 LORA = Case("lora", lambda r: lf.LoRA(r=r, alpha=5.0))
 

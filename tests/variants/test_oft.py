@@ -9,9 +9,9 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.variants import oft
-from tests.cases import Case, make_layer
-from tests.parity import D_IN, assert_parity, parity_errors, same
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import D_IN, assert_parity, parity_errors, same
+from tests.support.strategies import layers
 
 EXACT = Case("oft", lambda r: lf.OFT(block_size=3), fit=lambda d_in, d_out, r: (3 * d_in, d_out, r))
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.variants import pissa
-from tests.cases import Case
-from tests.parity import relative
-from tests.strategies import layers
+from tests.support.cases import Case
+from tests.support.parity import relative
+from tests.support.strategies import layers
 
 PISSA = Case("pissa", lambda r: lf.PiSSA(r=r, alpha=3.0))
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
-from tests.cases import Case, make_layer
-from tests.parity import assert_parity, same
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import assert_parity, same
+from tests.support.strategies import layers
 
 CASES = {
     kind: Case(

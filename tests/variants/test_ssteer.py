@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
-from tests.cases import Case, make_layer
-from tests.parity import relative
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import relative
+from tests.support.strategies import layers
 
 MODES = ("scale", "exp", "add", "ablate")
 

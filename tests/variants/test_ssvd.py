@@ -10,9 +10,9 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.variants import ssvd
-from tests.cases import Case, make_layer
-from tests.parity import assert_parity
-from tests.strategies import layers
+from tests.support.cases import Case, make_layer
+from tests.support.parity import assert_parity
+from tests.support.strategies import layers
 
 
 def case(orthogonality):

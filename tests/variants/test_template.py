@@ -6,7 +6,7 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.variants._template import Template
-from tests.cases import Case, make_layer
+from tests.support.cases import Case, make_layer
 
 
 def test_formula():

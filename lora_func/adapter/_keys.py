@@ -1,0 +1,92 @@
+"""The grammar of an adapter's keys: ``{site}.{variant}.{leaf}``."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lora_func.variant import Params
+
+SHARED = "*"
+"""The site under which constants lie that all sites of a variant share."""
+
+RANK = "_rank"
+"""The constant that ``stack`` adds where it padded ranks: the rank of each adapter."""
+
+
+class Key(NamedTuple):
+    """A key's parts.
+
+    Attributes:
+        site: Path of the adapted module; empty for the model itself, ``*`` for what sites share.
+        variant: The variant's name.
+        leaf: The name of the tensor; with a leading ``_`` a constant.
+    """
+
+    site: str
+    variant: str
+    leaf: str
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the leaf is never trained."""
+        return self.leaf.startswith("_")
+
+    def __str__(self) -> str:
+        return ".".join(self)
+
+
+def parse(key: str) -> Key:
+    """Split a key.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        KeyError: If it has fewer than three parts.
+    """
+    parts = key.rsplit(".", 2)
+    if len(parts) != 3 or not all(parts[1:]):
+        raise KeyError(f'{key!r} is no adapter key; expected "site.variant.leaf"')
+    return Key(*parts)
+
+
+def group(keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Group keys by site and variant, each with the shared constants of its variant.
+
+    Returns:
+        (site, variant) -> {leaf: key}, in the order of the keys, without the shared ones.
+    """
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    for key in keys:
+        site, variant, leaf = parse(key)
+        groups.setdefault((site, variant), {})[leaf] = key
+    shared = {variant: groups.pop((site, variant)) for site, variant in [*groups] if site == SHARED}
+    return {
+        (site, variant): {**shared.get(variant, {}), **leaves}
+        for (site, variant), leaves in groups.items()
+    }
+
+
+def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
+    """Split an adapter into what is trained and what is not.
+
+    ``{**trained, **constants}`` joins it again.
+
+    Args:
+        params: An adapter, or a stack of them.
+
+    Returns:
+        (trained, constants). A constant is a leaf whose name starts with ``_``.
+
+    Raises:
+        KeyError: If a key is not of the form ``site.variant.leaf``.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> trained, constants = lf.partition(lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2)))
+        >>> list(trained), list(constants)
+        (['.lora.A', '.lora.B'], ['.lora._scale'])
+    """
+    constants = {key: leaf for key, leaf in params.items() if parse(key).is_constant}
+    return {key: leaf for key, leaf in params.items() if key not in constants}, constants

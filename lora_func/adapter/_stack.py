@@ -1,0 +1,149 @@
+"""Stacks: K adapters as one dict with a leading axis, for ``torch.vmap``."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_func.adapter._keys import RANK, Key, group, parse
+from lora_func.variant import Params, ranks_of
+from lora_func.variants import by_name
+
+
+def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
+    """Stack adapters of the same sites and variants along a new first axis.
+
+    Ranks may differ where the variant allows it: the rank axis is padded with zeros, which receive
+    no gradient and add nothing. Differentiable: keep the adapters as optimizer leaves, each with
+    settings of its own, and stack them inside the step.
+
+    Args:
+        adapters: At least one.
+
+    Returns:
+        Key -> tensor (K, ...). Where ranks were padded, a constant ``_rank`` (K,) remembers them.
+
+    Raises:
+        ValueError: If there is none, keys differ, ranks differ in a variant that cannot be padded,
+            or shapes, dtypes or devices of a leaf differ in what no padding makes equal.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Linear(4, 4)
+        >>> stacked = lf.stack([lf.init(model, lf.LoRA(r=r)) for r in (1, 3)])
+        >>> {key: tuple(leaf.shape) for key, leaf in stacked.items()}
+        {'.lora.A': (2, 3, 4), '.lora.B': (2, 4, 3), '.lora._scale': (2,), '.lora._rank': (2,)}
+        >>> losses = torch.vmap(lf.fcall, in_dims=(None, 0, None))(model, stacked, torch.ones(5, 4))
+    """
+    adapters = [*adapters]
+    _refuse_other_keys(adapters)
+    stacked: Params = {}
+    for (site, name), keys in group(adapters[0]).items():
+        variant = by_name(name)
+        ranks = ranks_of(
+            variant, [{leaf: one[key] for leaf, key in keys.items()} for one in adapters]
+        )
+        mixed = len({*ranks}) > 1
+        padded = variant.rank_axes if mixed else {}
+        if mixed and not variant.pads:
+            raise ValueError(
+                f"{site}: ranks {ranks} of {name} cannot be padded exactly; stack adapters of one "
+                "rank"
+            )
+        for leaf, key in keys.items():
+            leaves = [adapter[key] for adapter in adapters]
+            if leaf in padded:
+                leaves = [_pad(tensor, padded[leaf], max(ranks)) for tensor in leaves]
+            if key not in stacked:
+                stacked[key] = _stacked(key, leaves)
+        if mixed:
+            remembered = torch.tensor(ranks, dtype=torch.float64, device=leaves[0].device)
+            for owner in {parse(key).site for key in keys.values()}:
+                stacked[str(Key(owner, name, RANK))] = remembered
+    return {**{key: stacked[key] for key in adapters[0]}, **stacked}
+
+
+def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
+    """Split a stack into its adapters, each of its own rank.
+
+    Args:
+        stacked: What ``stack`` made, possibly trained since.
+
+    Returns:
+        K adapters, copies that gradients flow through; ``unstack(stack(adapters))`` equals
+        ``adapters``.
+
+    Raises:
+        ValueError: If the leaves have no common first axis.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> stacked = lf.stack([lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=r)) for r in (1, 3)])
+        >>> [adapter[".lora.A"].shape[0] for adapter in lf.unstack(stacked)]
+        [1, 3]
+    """
+    ranks = {key: stacked.get(str(parse(key)._replace(leaf=RANK))) for key in stacked}
+    return [
+        {
+            key: _cut(key, leaf[i], ranks[key], i)
+            for key, leaf in stacked.items()
+            if parse(key).leaf != RANK
+        }
+        for i in range(size_of(stacked))
+    ]
+
+
+def size_of(stacked: Mapping[str, Tensor]) -> int:
+    """Return the number of adapters in a stack.
+
+    Raises:
+        ValueError: If the leaves have no common first axis.
+    """
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in stacked.values()}
+    size = next(iter(sizes), None)
+    if len(sizes) != 1 or size is None:
+        raise ValueError(
+            f"stacked: leaves have first axes {sizes}, expected one size; is this a single adapter?"
+        )
+    return size
+
+
+def _refuse_other_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:
+    if not adapters:
+        raise ValueError("adapters: got none")
+    first = adapters[0]
+    for i, adapter in enumerate(adapters):
+        if adapter.keys() != first.keys():
+            differing = sorted(adapter.keys() ^ first.keys())
+            raise ValueError(
+                f"adapters 0 and {i} differ in their keys, {differing[:3]}; stack adapters of the "
+                "same sites and variants"
+            )
+    if any(parse(key).leaf == RANK for key in first):
+        raise ValueError(
+            "adapters: got stacks of mixed rank, expected adapters; unstack them first"
+        )
+
+
+def _pad(leaf: Tensor, axis: int, rank: int) -> Tensor:
+    after = [0] * (2 * -axis - 1) + [rank - leaf.shape[axis]]
+    return F.pad(leaf, after)
+
+
+def _cut(key: str, leaf: Tensor, ranks: Tensor | None, i: int) -> Tensor:
+    _, name, leaf_name = parse(key)
+    axis = by_name(name).rank_axes.get(leaf_name)
+    if ranks is None or axis is None:
+        return leaf.clone()
+    return leaf.narrow(axis, 0, int(ranks[i])).clone(memory_format=torch.contiguous_format)
+
+
+def _stacked(key: str, leaves: Sequence[Tensor]) -> Tensor:
+    kinds = {(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{key}: cannot stack leaves that differ, {sorted(map(str, kinds))}; make shapes, "
+            "dtypes and devices equal"
+        )
+    return torch.stack([*leaves])

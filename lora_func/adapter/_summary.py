@@ -1,0 +1,78 @@
+"""A look at an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lora_func.adapter._keys import group, partition
+from lora_func.variant import rank_of
+from lora_func.variants import by_name
+from lora_func.weights._bitsandbytes import size_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Table:
+    """Tabulate an adapter or a stack: one row for each site, totals below.
+
+    Args:
+        params: The adapter. In a stack, scales and norms are shown as a range and parameters are
+            counted over all.
+        model: The model it belongs to; with it the total comes as a percentage of the model's
+            parameters.
+
+    Returns:
+        A table for ``rich.print``: site, variant, rank, scale, dtype, trained parameters, and the
+        Frobenius norm of the change of the weight where that is cheap.
+
+    Raises:
+        KeyError: If a key is malformed or names no variant.
+
+    Example:
+        >>> import torch, rich, lora_func as lf
+        >>> rich.print(lf.summary(lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2))))
+        <BLANKLINE>
+          site          variant   r   scale     dtype   trained   ‖ΔW‖
+        ...
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    trained, _ = partition(params)
+    sites = group(params)
+    table = Table(box=box.SIMPLE, show_footer=True)
+    for name in ("site", "variant", "r", "scale", "dtype", "trained", "‖ΔW‖"):
+        table.add_column(name, justify="left" if name in ("site", "variant") else "right")
+    for (site, name), keys in sites.items():
+        variant, leaves = by_name(name), {leaf: params[key] for leaf, key in keys.items()}
+        of_site = [params[key] for key in keys.values() if key in trained]
+        norm = variant.delta_norm(leaves) if variant.delta_norm else None
+        table.add_row(
+            escape(site) or "(the model)",
+            name,
+            str(rank_of(variant, leaves) or "–"),
+            _range(leaves.get("_scale")),
+            ", ".join(sorted({str(leaf.dtype).removeprefix("torch.") for leaf in of_site})),
+            f"{sum(leaf.numel() for leaf in of_site):,}",
+            _range(norm),
+        )
+    total = sum(leaf.numel() for leaf in trained.values())
+    table.columns[0].footer = f"{len(sites)} sites"
+    table.columns[-2].footer = f"{total:,}"
+    if model is not None:
+        of_model = sum(size_of(parameter) for parameter in model.parameters())
+        table.caption = f"{total / max(of_model, 1):.3%} of the model's parameters"
+    return table
+
+
+def _range(values: Tensor | None) -> str:
+    """One number, or the smallest and the largest of a stack."""
+    if values is None:
+        return "–"
+    low, high = (f"{bound:.4g}" for bound in values.detach().aminmax())
+    return low if low == high else f"{low} … {high}"

@@ -1,0 +1,233 @@
+"""An adapter as parametrizations of a live model, for code that wants parameters and modules."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lora_func.adapter._schema import refuse_other_leaves
+from lora_func.modules import uncompiled
+from lora_func.runtime._frozen import shared_parameters
+from lora_func.runtime._layout import Site, plan_of
+from lora_func.runtime._running import refuse_running
+from lora_func.runtime._sites import place_for_bias
+from lora_func.runtime._views import new_bias, new_weight, weight_view
+from lora_func.variant import Params
+from lora_func.weights._bitsandbytes import is_packed
+from lora_func.weights._layers import is_stack, matrix, stored
+
+
+class Attached:
+    """An adapter that is attached to a model, and a context manager that removes it at the end.
+
+    Attributes:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._leaves: dict[str, tuple[_Leaves, str]] = {}
+        self._places: dict[tuple[nn.Module, str], list[str]] = {}
+        self._required_grad = [(p, p.requires_grad) for p in model.parameters()]
+
+    def params(self) -> Params:
+        """Return the adapter as it is now: new tensors, as ``init`` would make them."""
+        return {
+            key: getattr(leaves, name).detach().clone().requires_grad_(not name.startswith("_"))
+            for key, (leaves, name) in self._leaves.items()
+        }
+
+    def remove(self, *, merge: bool = False) -> None:
+        """Take the adapter out of the model, which then has its types, names and bits again.
+
+        Args:
+            merge: Whether the model keeps the adapted weights, written into its own parameters.
+
+        Raises:
+            ValueError: If merging would change another place of a tied weight, or there is nothing
+                to merge since it has been removed.
+        """
+        if merge and not self._places:
+            raise ValueError("merge: the adapter has been removed; use lora_func.merge")
+        merged = {place: getattr(*place).detach().clone() for place in self._places if merge}
+        self._refuse_untying(merged)
+        for (module, name), order in reversed(self._places.items()):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            own = module._parameters
+            own.update({kept: own.pop(kept) for kept in order if kept in own})
+        with torch.no_grad():
+            for (module, name), tensor in merged.items():
+                getattr(module, name).copy_(tensor)
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
+        self._places.clear()
+        self._required_grad.clear()
+
+    def _refuse_untying(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+        originals: dict[int, Tensor] = {}
+        for place, tensor in merged.items():
+            if not torch.equal(originals.setdefault(id(_original(*place)), tensor), tensor):
+                raise ValueError(
+                    f"{place[1]}: two places of one parameter are adapted to differ, which it "
+                    "cannot hold; use lora_func.merge(model, params, tied='untie')"
+                )
+        for path, module in self.model.named_modules():
+            for name, parameter in module._parameters.items():
+                inside = isinstance(module, parametrize.ParametrizationList)
+                if id(parameter) in originals and not inside:
+                    raise ValueError(
+                        f"{path}.{name}: is tied to a parameter that the adapter changes, and "
+                        "would change with it; use lora_func.merge(model, params, tied='untie')"
+                    )
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+class _Leaves(nn.Module):
+    """The leaves of a site: parameters, and buffers for constants."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, leaf in leaves.items():
+            if name.startswith("_"):
+                self.register_buffer(name, leaf)
+            else:
+                self.register_parameter(name, nn.Parameter(leaf))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+
+class _View(nn.Module):
+    """Gives the adapted parameter for the frozen one."""
+
+    def __init__(self, site: Site, module: nn.Module, name: str, leaves: _Leaves) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.site = site
+        self.name = name
+        self.around = (module,)  # in a tuple it is not taken for a part of this one
+
+
+class _Trained(_View):
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Return the leaf itself."""
+        return self.leaves.tensors()[self.name].to(tensor.dtype)
+
+
+class _Weight(_View):
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Return the adapted weight."""
+        (module,), own = self.around, {self.name: tensor}
+        W = matrix(module, own, self.name)
+        weight = new_weight(self.site, W, self.leaves.tensors())
+        return stored(module, own, self.name, weight)
+
+
+class _Bias(_View):
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Return the adapted bias."""
+        bias = new_bias(self.site, tensor, self.leaves.tensors(), tensor.ndim == 2)
+        assert bias is not None
+        return bias.to(tensor.dtype)
+
+
+def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
+    """Register an adapter as parametrizations of a live model.
+
+    Its trained leaves become parameters of the model, which any optimizer, trainer or wrapper then
+    finds; the model's own are frozen until it is removed. Each adapted weight is calculated when it
+    is read; ``torch.nn.utils.parametrize.cached()`` remembers it, for example in ``generate``.
+
+    Args:
+        model: The model.
+        params: The adapter; it is copied.
+
+    Returns:
+        The handle: ``params()`` is the adapter as it is now, ``remove()`` takes it out again. In a
+        ``with`` block it is removed at the end.
+
+    Raises:
+        KeyError: If a key names no module or parameter of the model, or no variant.
+        TypeError: If a variant has no weight, or a layer's weight is quantised or computed; such an
+            adapter runs in a block of ``adapted``.
+        ValueError: If two variants name one module, a leaf is missing, unknown or of another shape,
+            it is a stack, or the model has an adapter attached.
+        BusyModelError: If the model is running with an adapter.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> with lf.attach(model, lf.init(model, lf.LoRA(r=2))) as handle:
+        ...     [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.parametrizations.weight.0.leaves.A', '0.parametrizations.weight.0.leaves.B']
+        >>> list(handle.params())
+        ['0.lora.A', '0.lora.B', '0.lora._scale']
+    """
+    model = uncompiled(model)
+    refuse_running(model, "attach when it is not")
+    if any(isinstance(module, _View) for module in model.modules()):
+        raise ValueError("model: has an adapter attached; remove that first")
+    if refuse_other_leaves(params, model):
+        raise ValueError("params: is a stack; attach takes one adapter")
+    plan = plan_of(model, params)
+    copies = {key: leaf.detach().clone() for key, leaf in params.items()}
+    places, handle = shared_parameters(model), Attached(model)
+    views: list[tuple[nn.Module, str, _View]] = []
+    for site in plan.sites:
+        leaves = _Leaves({leaf: copies[key] for leaf, key in site.keys.items()})
+        handle._leaves |= {key: (leaves, leaf) for leaf, key in site.keys.items()}
+        for module, name, view in _views(site, leaves):
+            here = [(module, name)]
+            everywhere = places.get(id(module._parameters[name]), here) if site.everywhere else here
+            views += [(*place, view) for place in everywhere]
+    handle._leaves = {key: handle._leaves[key] for key in params}
+    try:
+        model.requires_grad_(False)
+        for module, name, view in views:
+            order = [*module._parameters]
+            parametrize.register_parametrization(module, name, view, unsafe=True)
+            handle._places[module, name] = order
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _views(site: Site, leaves: _Leaves) -> Iterator[tuple[nn.Module, str, _View]]:
+    module = site.module()
+    assert module is not None
+    if site.variant.parameters is not None:
+        yield from ((module, name, _Trained(site, module, name, leaves)) for name in site.keys)
+        return
+    weight_view(site)
+    name, own = site.parameter or "weight", module._parameters
+    weight = own.get(name)
+    if weight is None or is_packed(weight):
+        raise TypeError(
+            f"{site.path}: its weight is quantised, or computed when it is read, and takes no "
+            "parametrization; run the model in a block of `with adapted(model, params)`"
+        )
+    W = matrix(module, own, name)
+    yield module, name, _Weight(site, module, name, leaves)
+    with torch.no_grad():
+        bias = new_bias(site, W.bias, leaves.tensors(), is_stack(W))
+    if bias is not None:
+        beside = place_for_bias(site, own, name)
+        if own[beside] is None:
+            raise TypeError(
+                f"{site.path}: {site.variant.name} gives it a bias, which it has not; run the "
+                "model in a block of `with adapted(model, params)`"
+            )
+        yield module, beside, _Bias(site, module, beside, leaves)
+
+
+def _original(module: nn.Module, name: str) -> Any:
+    parametrizations: Any = module.parametrizations
+    return parametrizations[name].original

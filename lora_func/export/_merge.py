@@ -1,0 +1,128 @@
+"""The state dict of a model that has the adapter for its own weights."""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_func.modules import uncompiled
+from lora_func.runtime._frozen import frozen_parameters, refuse_unused, shared_parameters
+from lora_func.runtime._layout import Site, plan_of
+from lora_func.runtime._replacements import Replacement, replacements
+from lora_func.weights._bitsandbytes import is_quantised
+from lora_func.weights._layers import affine, dense
+
+
+def merge(
+    model: nn.Module, params: Mapping[str, Tensor], *, tied: Literal["error", "untie"] = "error"
+) -> dict[str, Tensor]:
+    """Compute the state dict of a model that does without the adapter what this one does with it.
+
+    A quantised model gives floating-point weights, all of them dequantised, for the dense model of
+    the same architecture: nothing is merged into quantised storage. They are the quantised ones, on
+    which the adapter was trained, not those of the checkpoint before it was quantised.
+
+    Args:
+        model: The model; only read.
+        params: The adapter.
+        tied: What to do where an adapter changes one place of a tied weight: refuse it, or "untie",
+            after which the places differ and the model must be told to load them so.
+
+    Returns:
+        New tensors under the names of ``model.state_dict()``; for a bias that the layer had not,
+        one more. Names that share a tensor in the model share one here.
+
+    Raises:
+        KeyError: If a key names no module or parameter of the model, or no variant.
+        TypeError: If a variant has no weight, being not linear in x, or a weight is computed when
+            it is read.
+        ValueError: If a tied weight would be untied or is adapted at two places, two variants name
+            one module, or a leaf has not its parameter's shape.
+        UnusedLeafError: If a variant has no such leaf.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> params = lf.init(model, lf.LoRA(r=2))
+        >>> model.load_state_dict(lf.merge(model, params))
+        <All keys matched successfully>
+    """
+    if tied not in ("error", "untie"):
+        raise ValueError(f"tied: got {tied!r}, expected 'error' or 'untie'")
+    model = uncompiled(model)
+    with torch.no_grad():
+        sites = plan_of(model, params).sites
+        _refuse_meeting(sites)
+        changed = replacements(model, sites, params)
+        read = {key for _, _, reads in changed for keys in reads.values() for key in keys}
+        refuse_unused([{*params} - read])
+        if tied == "error":
+            _refuse_untying(model, changed)
+        state = _dense_state(model)
+        names = _names(model)
+        copies = {id(tensor): tensor.clone() for _, new, _ in changed for tensor in new.values()}
+        for module, new, _ in changed:
+            for name, tensor in new.items():
+                state.update(dict.fromkeys(names[id(module), name], copies[id(tensor)]))
+    return state
+
+
+def _refuse_meeting(sites: Iterable[Site]) -> None:
+    """Refuse two adapters of a tied parameter: one at every place of it, one at one of them."""
+    owners: dict[int, Site] = {}
+    for site in sites:
+        module = site.module()
+        assert module is not None
+        own = frozen_parameters(module)
+        trained = site.variant.parameters is not None
+        for name in site.keys if trained else [site.parameter or "weight"]:
+            other = owners.setdefault(id(own.get(name)), site)
+            if other is not site and (site.everywhere or other.everywhere):
+                raise ValueError(
+                    f"{site.path}: adapts the parameter that {other.path!r} adapts, which is tied "
+                    "to it; a state dict has no name for the two"
+                )
+
+
+def _names(model: nn.Module) -> dict[tuple[int, str], list[str]]:
+    """The names in the state dict of each module's parameters."""
+    names: dict[tuple[int, str], list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in frozen_parameters(module):
+            names.setdefault((id(module), name), []).append(f"{path}.{name}" if path else name)
+    return names
+
+
+def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict, dequantised, in which what was one tensor is one tensor."""
+    modules = model.named_modules(remove_duplicate=False)
+    quantised = {f"{path}." if path else "": m for path, m in modules if is_quantised(m)}
+    weights = {id(m): dense(affine(m, prefix[:-1])) for prefix, m in quantised.items()}
+    copies: dict[int, Any] = {}
+    state: dict[str, Any] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        prefix = next((prefix for prefix in quantised if key.startswith(prefix)), None)
+        if prefix is not None and key == f"{prefix}weight":
+            state[key] = weights[id(quantised[prefix])]
+        elif prefix is None or key == f"{prefix}bias":
+            copied = tensor.detach().clone() if isinstance(tensor, Tensor) else deepcopy(tensor)
+            state[key] = copies.setdefault(id(tensor), copied)
+    return state
+
+
+def _refuse_untying(model: nn.Module, changed: Iterable[Replacement]) -> None:
+    places, names = shared_parameters(model), _names(model)
+    moved = {(id(module), name) for module, new, _ in changed for name in new}
+    for module, new, _ in changed:
+        for name in new:
+            parameter = frozen_parameters(module)[name]
+            for other, alias in places.get(id(parameter), ()):
+                if (id(other), alias) not in moved:
+                    mine, theirs = names[id(module), name][0], names[id(other), alias][0]
+                    raise ValueError(
+                        f"{mine}: tied to {theirs}, which the adapter does not change; pass "
+                        "tied='untie' for a state dict in which they differ, or name the "
+                        "parameter with target_parameters to change both"
+                    )

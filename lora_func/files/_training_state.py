@@ -1,0 +1,171 @@
+"""Training that was stopped, in a file: adapters, optimizer, step and random states."""
+
+import random
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lora_func.files._adapters import facts_of, refuse_unfitting, trainable
+from lora_func.files._container import Content, read, write
+from lora_func.variant import Params
+
+_KIND = "training state"
+
+
+class TrainingState(NamedTuple):
+    """What ``load_training_state`` reads.
+
+    Attributes:
+        params: The adapter, or a list of them if a list was saved.
+        optimizer: For ``optimizer.load_state_dict``.
+        step: How many steps had been made.
+        extra: What else was saved.
+        random_states: As they were: torch's on the CPU and on each CUDA device, and Python's.
+    """
+
+    params: Params | list[Params]
+    optimizer: dict[str, Any]
+    step: int
+    extra: dict[str, Any]
+    random_states: Mapping[str, Any]
+
+    def restore_rng(self) -> None:
+        """Put torch's and Python's random states back; others, such as NumPy's, are the user's."""
+        kind, words, gauss = self.random_states["python"]
+        random.setstate((kind, tuple(words), gauss))
+        torch.set_rng_state(self.random_states["cpu"])
+        if "cuda" in self.random_states:
+            torch.cuda.set_rng_state_all(self.random_states["cuda"])
+
+
+def save_training_state(
+    params: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+    optimizer: Optimizer,
+    path: str | PathLike[str],
+    *,
+    step: int,
+    model: nn.Module | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what training needs to go on as if it had not been stopped, as ``save`` writes.
+
+    Args:
+        params: The adapter, or the adapters of a sweep.
+        optimizer: The optimizer of their leaves.
+        path: Where; its folder must exist.
+        step: How many steps have been made.
+        model: The model, to be known again.
+        extra: What else is to be remembered, of tensors, numbers, text, lists and dicts: a
+            scheduler's state dict. Tuples come back as lists.
+
+    Raises:
+        KeyError: If a key is malformed, or names no variant or nothing in the model.
+        TypeError: If a leaf is no floating-point tensor, or JSON does not know something in extra.
+        ValueError: If an adapter is not what its variants say, or has no data. NaN and infinity are
+            saved: they are a state of training.
+        OSError: If the file cannot be written.
+    """
+    adapters = [params] if isinstance(params, Mapping) else [*params]
+    if not adapters:
+        raise ValueError("params: got no adapter")
+    tensors = {
+        f"params.{i}.{key}": leaf for i, one in enumerate(adapters) for key, leaf in one.items()
+    }
+    state = _outside(optimizer.state_dict(), "optimizer", tensors)
+    python = random.getstate()
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for i, cuda in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random.cuda.{i}"] = cuda
+    facts = {
+        "adapters": [facts_of(one, model, allow_nonfinite=True) for one in adapters],
+        "one": isinstance(params, Mapping),
+        "optimizer": state,
+        "step": step,
+        "extra": _outside(dict(extra or {}), "extra", tensors),
+        "python": python,
+    }
+    write(Path(path), Content(_KIND, tensors, facts, {}))
+
+
+def load_training_state(
+    path: str | PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+) -> TrainingState:
+    """Read what ``save_training_state`` has written.
+
+    Args:
+        path: Where.
+        model: The model it is for; refused if its weights are not those that it was saved with.
+        device: Where to put the leaves; on the CPU if not said. An optimizer puts its state where
+            its leaves are.
+
+    Returns:
+        The state. Make the optimizer of ``state.params``, then ``load_state_dict(state.optimizer)``
+        and ``state.restore_rng()``.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        AdapterFileError: If it is another file, of another format or damaged, or does not fit its
+            variants or the model.
+
+    Example:
+        >>> import torch, tempfile, lora_func as lf
+        >>> params = lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2))
+        >>> optimizer = torch.optim.AdamW(lf.partition(params)[0].values())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lf.save_training_state(params, optimizer, f"{folder}/state", step=7)
+        ...     lf.load_training_state(f"{folder}/state").step
+        7
+    """
+    _, tensors, facts, _ = read(Path(path), _KIND)
+    adapters = []
+    for i, of_one in enumerate(facts["adapters"]):
+        leaves = _below(tensors, f"params.{i}.")
+        refuse_unfitting(path, leaves, of_one, model)
+        adapters.append(trainable(leaves, device))
+    states: dict[str, Any] = {"cpu": tensors["random.cpu"], "python": facts["python"]}
+    if cuda := _below(tensors, "random.cuda."):
+        states["cuda"] = [cuda[str(i)] for i in range(len(cuda))]
+    params = adapters[0] if facts["one"] else adapters
+    optimizer, extra = (_inside(facts[name], tensors) for name in ("optimizer", "extra"))
+    return TrainingState(params, optimizer, facts["step"], extra, states)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
+
+
+def _outside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Move tensors out of a tree of dicts and lists, which leaves what JSON knows."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        pairs = [[key, _outside(one, f"{name}.{key}", tensors)] for key, one in value.items()]
+        # JSON has text for keys alone
+        return dict(pairs) if all(isinstance(key, str) for key in value) else {_PAIRS: pairs}
+    if isinstance(value, (list, tuple)):
+        return [_outside(one, f"{name}.{i}", tensors) for i, one in enumerate(value)]
+    return value
+
+
+def _inside(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_inside(one, tensors) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TENSOR}:
+        return tensors[value[_TENSOR]]
+    pairs = value[_PAIRS] if value.keys() == {_PAIRS} else value.items()
+    return {key: _inside(one, tensors) for key, one in pairs}
+
+
+_TENSOR, _PAIRS = "__tensor__", "__pairs__"

@@ -1,0 +1,247 @@
+"""Making an adapter for a model."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.parameter import is_lazy
+from tqdm import tqdm
+
+from lora_func.adapter._keys import SHARED, Key
+from lora_func.configs import AdapterConfig
+from lora_func.initialization._calibration import Observer, calibrate
+from lora_func.modules import place_of, uncompiled
+from lora_func.runtime._batch import LossFn
+from lora_func.targeting._targets import Target, find_targets
+from lora_func.variant import Params, Variant
+from lora_func.variants import by_config
+from lora_func.weights._layers import affine, is_linear, is_stack, matrices, matrix, refuse_computed
+
+Plan: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def init(
+    model: nn.Module,
+    cfg: AdapterConfig | Sequence[AdapterConfig],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    data: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+) -> Params:
+    r"""Make an adapter, with which the model computes what it did without.
+
+    A site's leaves depend on the seed, its path, its config, its weight and the data, and on
+    nothing else: neither on what else is targeted, nor on the device, nor on the global random
+    state, which is left alone. What all sites share (VeRA's projections, EVA's ranks) depends on
+    all of them.
+
+    Args:
+        model: The frozen model; only read.
+        cfg: What to adapt and how. Several configs must name different sites.
+        seed: Any integer.
+        dtype: Of the trained leaves. Keep float32 on a half-precision model, or small updates are
+            lost to rounding.
+        data: Calibration batches, as for ``fcall``, for configs that take them; for ``SSteer``
+            pairs (positive, negative) of batches. The model runs over them once, in eval mode;
+            padding is left out by ``attention_mask``.
+        loss_fn: As for ``fcall``, for configs that learn from gradients.
+
+    Returns:
+        ``"{site}.{variant}.{leaf}" -> tensor``, each on the device of its site's weight. Trained
+        leaves require grad, constants (``_``) do not.
+
+    Raises:
+        TypeError: If an argument is of another kind, cfg is no config of a registered variant, or a
+            pattern names a layer that cannot be adapted.
+        ValueError: If a pattern matches nothing, two configs name one site, a number does not fit a
+            site's shape, a weight has no data yet, dtype cannot hold a parameter that ``Full``
+            copies, or there is no calibration data, too little of it, or nobody who takes it.
+        BusyModelError: If there is data and the model is running with an adapter.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> cfg = [lf.LoRA(r=2, target_modules="0"), lf.Full(target_parameters=r"^1\.")]
+        >>> list(lf.init(model, cfg))
+        ['0.lora.A', '0.lora.B', '0.lora._scale', '1.full.weight', '1.full.bias']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {seed!r}, expected an int")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    model = uncompiled(model)
+    configs = (cfg,) if isinstance(cfg, AdapterConfig) else tuple(cfg)
+    if not configs:
+        raise ValueError("cfg: got no config")
+    with torch.inference_mode(False):  # an inference tensor could not be trained
+        return _make(model, configs, seed, dtype, data, loss_fn)
+
+
+def _make(
+    model: nn.Module,
+    configs: Sequence[AdapterConfig],
+    seed: int,
+    dtype: torch.dtype,
+    data: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+) -> Params:
+    plans = [(config, find_targets(model, config).sites) for config in configs]
+    _refuse_overlaps(plans)
+    stats = {} if data is None else _statistics(model, plans, data, loss_fn)
+    params: Params = {}
+    for config, targets in plans:
+        variant = by_config(config)
+        weights = {target.site: _frozen(model, target) for target in targets}
+        for key, leaf in _leaves(weights, config, variant, seed, stats, dtype).items():
+            if str(key) in params:
+                raise ValueError(
+                    f"{key}: two {variant.name} configs would share this constant; make them one"
+                )
+            params[str(key)] = leaf
+    return params
+
+
+def _statistics(
+    model: nn.Module, plans: Sequence[Plan], data: Iterable[Any], loss_fn: LossFn | None
+) -> dict[str, Any]:
+    takers = [
+        (config, targets, observe)
+        for config, targets in plans
+        if config.calibration is not None and (observe := by_config(config).observe) is not None
+    ]
+    kinds = {type(config).__name__: config.calibration for config, _, _ in takers}
+    if len({*kinds.values()}) != 1:
+        raise ValueError(
+            f"data: taken by {kinds or 'none of the configs'}, of one kind at a time; init them "
+            "apart, each with its own data, and join the dicts"
+        )
+    for _, targets, _ in takers:
+        for target in targets:
+            _refuse_unobservable(model, target.site)
+    observers = {
+        target.site: Observer(observe, config)
+        for config, targets, observe in takers
+        for target in targets
+    }
+    return calibrate(model, observers, data, loss_fn)
+
+
+def _refuse_unobservable(model: nn.Module, site: str) -> None:
+    module, parameter = place_of(model, site)
+    if parameter is not None or not is_linear(module):
+        raise TypeError(
+            f"{site}: data is gathered at the inputs of linear layers, this is a "
+            f"{type(module).__name__}; leave it out"
+        )
+
+
+def _leaves(
+    weights: Mapping[str, Any],
+    cfg: AdapterConfig,
+    variant: Variant,
+    seed: int,
+    stats: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> dict[Key, Tensor]:
+    leaves: dict[Key, Tensor] = {}
+
+    def add(site: str, made: Sequence[Mapping[str, Tensor]], W: Any) -> None:
+        for name in made[0]:
+            key = Key(site, variant.name, name)
+            each = [_stored(key, one[name], variant, dtype).to(_device(W)) for one in made]
+            leaf = torch.stack(each) if is_stack(W) and site != SHARED else each[0]
+            leaves[key] = leaf.requires_grad_(not key.is_constant)
+
+    if variant.shared is not None:
+        singles = {site: matrices(W)[0] for site, W in weights.items()}
+        with torch.device("cpu"):
+            made = variant.shared(singles, cfg, _generator(seed, SHARED, variant.name))
+        add(SHARED, [made], next(iter(weights.values())))
+    resolved = {site: (cfg.at(site), stats.get(site)) for site in weights}
+    if variant.conclude is not None and stats:
+        configs = {site: config for site, (config, _) in resolved.items()}
+        resolved = variant.conclude(weights, configs, {site: stats[site] for site in weights})
+    title = f"init {variant.name}"
+    for site, (config, seen) in tqdm(resolved.items(), title, unit="site", delay=2, disable=None):
+        W, generator = weights[site], _generator(seed, site, variant.name)
+        try:
+            with torch.device("cpu"):
+                each = [variant.init(one, config, generator, seen) for one in matrices(W)]
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{site}: {variant.name}: {error}") from error
+        add(site, each, W)
+    return leaves
+
+
+def _device(W: Any) -> torch.device:
+    device = next(iter(W.values())).device if isinstance(W, Mapping) else W.device
+    assert isinstance(device, torch.device)
+    return device
+
+
+def _frozen(model: nn.Module, target: Target) -> Any:
+    module, parameter = place_of(model, target.site)
+    if target.parameters:
+        own = {name: getattr(module, name) for name in target.parameters}
+        for tensor in own.values():
+            _refuse_without_data(target.site, tensor)
+        return own
+    if parameter is None and is_linear(module):
+        W = affine(module, target.site)
+        if isinstance(W.weight, Tensor):
+            _refuse_without_data(target.site, W.weight)
+        return W
+    name = parameter or "weight"
+    refuse_computed(target.site, module._parameters, name)
+    _refuse_without_data(target.site, getattr(module, name))
+    return matrix(module, module._parameters, name)
+
+
+def _refuse_without_data(site: str, weight: Tensor) -> None:
+    if weight.is_meta or is_lazy(weight):
+        raise ValueError(f"{site}: its weight has no data yet; load the model first")
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"{site}: its weight is {weight.dtype}; accepted are floating-point weights"
+        )
+
+
+def _generator(seed: int, site: str, variant: str) -> Generator:
+    digest = hashlib.sha256(f"{seed}/{site}/{variant}".encode()).digest()
+    return Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Tensor:
+    leaf = leaf.detach()
+    if not leaf.is_floating_point():
+        return leaf.double()  # torch.func.grad takes no integers
+    if key.is_constant and leaf.ndim == 0:
+        return leaf.to(torch.promote_types(dtype, torch.float32))
+    if key.is_constant and leaf.ndim == 1:
+        return leaf.clone()  # small, and a start may be exact only at the precision of init
+    if variant.parameters is not None and torch.promote_types(dtype, leaf.dtype) != dtype:
+        raise ValueError(
+            f"{key}: dtype={dtype} cannot hold this {leaf.dtype} parameter exactly; "
+            f"pass dtype={torch.promote_types(dtype, leaf.dtype)}"
+        )
+    return leaf.to(dtype).contiguous()
+
+
+def _refuse_overlaps(plans: Sequence[Plan]) -> None:
+    owner: dict[str, AdapterConfig] = {}
+    for config, targets in plans:
+        for target in targets:
+            if target.site in owner:
+                raise ValueError(
+                    f"{target.site}: named by two configs, {owner[target.site]!r} and {config!r}; "
+                    "a site takes one; narrow one of them with its patterns or layers"
+                )
+            owner[target.site] = config

@@ -1,0 +1,231 @@
+"""The table of cases that every law runs on: adding a variant means adding its rows here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_func as lf
+from lora_func.adapter._keys import parse
+from lora_func.configs import AdapterConfig
+from lora_func.variants import by_config
+from lora_func.variants._template import Template
+from lora_func.weights._layers import Affine, Weight, affine, dense
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of one variant.
+
+    Attributes:
+        name: Shown as the test's id.
+        config: Makes the config for a layer, given the rank to use where there is one.
+        dead: Leaves whose gradient is exactly zero at the start, as the mathematics says.
+        bias: Whether the layer may, must or must not have a bias (None, True, False).
+        fit: Makes sizes (d_in, d_out, r) that the config accepts of any.
+        data: What it is calibrated on: "inputs", "gradients", "pairs" or nothing.
+        start: "exact", "close" (to 8 eps), or "elsewhere" for what does not start as the base.
+    """
+
+    name: str
+    config: Callable[[int], AdapterConfig]
+    dead: frozenset[str] = field(default_factory=frozenset)
+    bias: bool | None = None
+    fit: Callable[[int, int, int], tuple[int, int, int]] = lambda d_in, d_out, r: (d_in, d_out, r)
+    data: str | None = None
+    start: str = "exact"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+A = frozenset({"A"})
+TWICE = {"fit": lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2 * r)}
+WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
+WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
+EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
+SPARSE = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, 1)}
+
+CASES = [
+    *(
+        Case(
+            f"antipasto-{basis}",
+            lambda r, b=basis: lf.AntiPaSTO(r=r, block_size=2, rotate=b),
+            **TWICE,
+        )
+        for basis in ("V", "U", "none")
+    ),
+    Case(
+        "antipasto-data",
+        lambda r: lf.AntiPaSTO(r=r, block_size=2, coeff=-0.7),
+        data="inputs",
+        **TWICE,
+    ),
+    Case("bitfit", lambda r: lf.BitFit(), bias=True),
+    Case("bitfit-new", lambda r: lf.BitFit(allow_new_bias=True), bias=False),
+    Case("delora", lambda r: lf.DeLoRA(r=r), dead=frozenset({"A", "lambda"}), **WIDE),
+    Case(
+        "delora-copy",
+        lambda r: lf.DeLoRA(r=r, init="frozen_copy"),
+        dead=frozenset({"lambda"}),
+        **WIDE,
+    ),
+    Case("dora", lambda r: lf.DoRA(r=r, alpha=3.0), dead=A),
+    Case("eva", lambda r: lf.EVA(r=r), dead=A, data="inputs"),
+    Case("full", lambda r: lf.Full(target_parameters=".*")),
+    Case("full-weight", lambda r: lf.Full(target_parameters="weight")),
+    Case("full-bias", lambda r: lf.Full(target_parameters="bias"), bias=True),
+    Case("hra", lambda r: lf.HRA(r=r), start="close", **EVEN),
+    Case("ia3", lambda r: lf.IA3()),
+    Case("ia3_ff", lambda r: lf.IA3FF()),
+    Case("lora", lambda r: lf.LoRA(r=r), dead=A),
+    Case("lora-alpha", lambda r: lf.LoRA(r=r, alpha=3.0), dead=A),
+    Case("rslora", lambda r: lf.LoRA(r=r, alpha=5.0, rslora=True), dead=A),
+    Case("oft", lambda r: lf.OFT(block_size=2), **TWICE),
+    Case("oft-neumann", lambda r: lf.OFT(block_size=2, neumann_terms=5), **TWICE),
+    Case("pissa", lambda r: lf.PiSSA(r=r)),
+    Case("pissa-fast", lambda r: lf.PiSSA(r=r, niter=2, alpha=3.0)),
+    *(Case(f"road{k}", lambda r, k=k: lf.ROAD(kind=k, group_size=2), **TWICE) for k in (1, 2, 4)),
+    Case("shira", lambda r: lf.SHiRA(r=r), **SPARSE),
+    Case("shira-magnitude", lambda r: lf.SHiRA(r=r, mask="magnitude"), **SPARSE),
+    Case("shira-snip", lambda r: lf.SHiRA(r=r, mask="snip"), data="gradients", **SPARSE),
+    Case("ssteer", lambda r: lf.SSteer(r=r)),
+    Case("ssteer-data", lambda r: lf.SSteer(coeff=0.5), data="pairs", start="elsewhere"),
+    Case("ssteer-exp", lambda r: lf.SSteer(mode="exp", r=r)),
+    Case("ssteer-add", lambda r: lf.SSteer(mode="add"), data="pairs", start="elsewhere", **WIDE),
+    Case("ssteer-ablate", lambda r: lf.SSteer(mode="ablate", r=r), data="pairs", start="elsewhere"),
+    Case("ssvd", lambda r: lf.SSVD(r=r), **WIDE_RANK),
+    Case("ssvd-strict", lambda r: lf.SSVD(r=r, orthogonality="strict"), **WIDE_RANK),
+    Case("template", lambda r: Template()),
+    Case("vera", lambda r: lf.VeRA(r=r), dead=frozenset({"lambda_d"})),
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer adapted by a case, in the pieces that a variant's functions take."""
+
+    module: nn.Linear
+    W: Affine
+    variant: lf.Variant
+    leaves: dict[str, Tensor]
+    x: Tensor
+    r: int
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        return {name: leaf for name, leaf in self.leaves.items() if not name.startswith("_")}
+
+    def weight(self, W: Weight) -> Tensor:
+        """The weight view; the frozen weight where a variant has none."""
+        return self.variant.weight(W, self.leaves) if self.variant.weight else dense(W)
+
+    def apply(self, leaves: dict[str, Tensor] | None = None, x: Tensor | None = None) -> Tensor:
+        return self.variant.apply(
+            self.W,
+            self.leaves if leaves is None else self.leaves | leaves,
+            self.x if x is None else x,
+        )
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.variant.bias(self.W.bias, self.leaves) if self.variant.bias else self.W.bias
+
+
+class Layers(nn.ModuleDict):
+    """Layers side by side, each with an input of its own."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return torch.cat([self[name](x).flatten() for name, x in inputs.items()])
+
+
+def make_params(case: Case, module: nn.Linear | Layers, r: int, **settings: object) -> lf.Params:
+    """Make a case's adapter, calibrated on random data where the case asks for it."""
+
+    def batch(seed: int) -> Tensor | dict[str, Tensor]:
+        if isinstance(module, Layers):
+            return {name: inputs(layer, seed) for name, layer in module.items()}
+        return inputs(module, seed)
+
+    def inputs(layer: nn.Linear, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        shape = torch.empty(4, 5, layer.in_features, dtype=layer.weight.dtype)
+        return random_like(shape, generator) + seed
+
+    pairs = case.data == "pairs"
+    data = [(batch(1), batch(0)) if pairs else batch(seed) for seed in range(2)]
+    return lf.init(
+        module,
+        case.config(r),
+        data=data if case.data else None,
+        loss_fn=lambda y, _: y.double().square().sum(),
+        **settings,
+    )
+
+
+def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+
+
+def make_layer(
+    case: Case,
+    d_in: int = 6,
+    d_out: int = 5,
+    r: int = 2,
+    bias: bool = True,
+    batch: tuple[int, ...] = (3,),
+    seed: int = 0,
+    scrambled: bool = False,
+    dtype: torch.dtype = torch.float64,
+    leaf_dtype: torch.dtype | None = None,
+) -> Layer:
+    """Make a random layer with a case's adapter, at its start or with random leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    d_in, d_out, r = case.fit(d_in, d_out, r)
+    module = nn.Linear(d_in, d_out, bias=bias if case.bias is None else case.bias)
+    module.to(dtype).requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.copy_(random_like(parameter, generator))
+    cfg = case.config(r)
+    params = make_params(case, module, r, seed=seed, dtype=leaf_dtype or dtype)
+    leaves = {parse(key).leaf: leaf.detach() for key, leaf in params.items()}
+    if scrambled:
+        leaves |= {
+            name: random_like(leaf, generator)
+            for name, leaf in leaves.items()
+            if not name.startswith("_")
+        }
+    x = torch.randn(*batch, d_in, generator=generator, dtype=torch.float64).to(dtype)
+    return Layer(module, affine(module), by_config(cfg), leaves, x, r)
+
+
+def scrambled_stack(layer, adapters, seed):
+    """Adapters with random trained leaves: one by one, and stacked."""
+    generator = torch.Generator().manual_seed(seed)
+    many = [
+        {**layer.leaves, **{k: random_like(v, generator) for k, v in layer.trained.items()}}
+        for _ in range(adapters)
+    ]
+    return many, {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}
+
+
+class Made(TorchDispatchMode):
+    """Collects the sizes of the tensors that operations make in memory of their own."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.sizes, self.alive = [], []
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage().data_ptr()
+                if storage not in self.known:
+                    self.known.add(storage)
+                    self.sizes.append(tensor.numel())
+                self.alive.append(tensor)
+        return result
