@@ -1,12 +1,12 @@
 """LoRA-family adapters as pure functions on torch.func.
 
 ``params = init(model, cfg); loss = fcall(model, params, batch)``
+
+The public names stand here. Each package below says in its docstring what belongs there.
 """
 
-from lora_func.adapter._algebra import AsLoRA, combine, to_lora
-from lora_func.adapter._keys import partition
-from lora_func.adapter._stack import stack, unstack
-from lora_func.adapter._summary import summary
+from lora_func import peft
+from lora_func.adapter import combine, partition, stack, summary, unstack
 from lora_func.configs import (
     AdapterConfig,
     LinearConfig,
@@ -15,16 +15,29 @@ from lora_func.configs import (
     RankConfig,
 )
 from lora_func.errors import AdapterFileError, BusyModelError, FoldError, UnusedLeafError
-from lora_func.export._attach import Attached, attach
-from lora_func.export._merge import merge
-from lora_func.files._adapters import load, save
-from lora_func.files._training_state import TrainingState, load_training_state, save_training_state
-from lora_func.initialization._init import init
-from lora_func.runtime._call import adapted, fcall
-from lora_func.runtime._running import skeleton
-from lora_func.sweep._sweep import clip_grad_norm, vcall
-from lora_func.targeting._targets import find_targets
-from lora_func.variant import Params, Variant
+from lora_func.export import AsLoRA, Attached, attach, merge, to_lora
+from lora_func.files import TrainingState, load, load_training_state, save, save_training_state
+from lora_func.initialization import init
+from lora_func.runtime import adapted, fcall, skeleton
+from lora_func.sweep import clip_grad_norm, vcall
+from lora_func.targeting import Target, Targets, find_targets
+from lora_func.variant import (
+    ApplyFn,
+    BiasFn,
+    ConcludeFn,
+    InitFn,
+    LowRankFn,
+    NormFn,
+    ObserveFn,
+    ParametersFn,
+    Params,
+    PeftFormat,
+    PeftLeaf,
+    SharedFn,
+    Trial,
+    Variant,
+    WeightFn,
+)
 from lora_func.variants import register
 from lora_func.variants.antipasto import AntiPaSTO
 from lora_func.variants.bitfit import BitFit
@@ -43,7 +56,8 @@ from lora_func.variants.shira import SHiRA
 from lora_func.variants.ssteer import SSteer
 from lora_func.variants.ssvd import SSVD
 from lora_func.variants.vera import VeRA
-from lora_func.weights._layers import Affine, Weight, dense, linear
+from lora_func.version import __version__
+from lora_func.weights import Affine, Weight, dense, linear
 
 __all__ = [
     "EVA",
@@ -57,28 +71,44 @@ __all__ = [
     "AdapterFileError",
     "Affine",
     "AntiPaSTO",
+    "ApplyFn",
     "AsLoRA",
     "Attached",
+    "BiasFn",
     "BitFit",
     "BusyModelError",
+    "ConcludeFn",
     "DeLoRA",
     "DoRA",
     "FoldError",
     "Full",
+    "InitFn",
     "LinearConfig",
     "LoRA",
     "LowRankConfig",
+    "LowRankFn",
+    "NormFn",
+    "ObserveFn",
     "ParameterConfig",
+    "ParametersFn",
     "Params",
+    "PeftFormat",
+    "PeftLeaf",
     "PiSSA",
     "RankConfig",
     "SHiRA",
     "SSteer",
+    "SharedFn",
+    "Target",
+    "Targets",
     "TrainingState",
+    "Trial",
     "UnusedLeafError",
     "Variant",
     "VeRA",
     "Weight",
+    "WeightFn",
+    "__version__",
     "adapted",
     "attach",
     "clip_grad_norm",
@@ -92,6 +122,7 @@ __all__ = [
     "load_training_state",
     "merge",
     "partition",
+    "peft",
     "register",
     "save",
     "save_training_state",

@@ -1,6 +1,7 @@
 """The command line: ``python -m lora_func show FILE``, ``convert``, ``diff``."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 import lora_func as lf
-from lora_func.files._adapters import ADAPTER, refuse_unfitting
-from lora_func.files._container import bits, read
+from lora_func.files import byte_view, read_adapter
 from lora_func.peft import to_peft
 
 
 def show(options: argparse.Namespace) -> int:
-    """Print what a file holds, what it says of itself, and whether it is healthy."""
-    content = read(options.file, ADAPTER)
+    """Print the leaves of a file, its metadata, and whether the numbers are healthy."""
+    content = read_adapter(options.file)
     params = content.tensors
-    refuse_unfitting(options.file, params, content.facts, None)
     console = Console(width=max(100, Console().width))
     console.print(lf.summary(params))
     said = {**content.facts, **content.metadata}
@@ -72,7 +71,7 @@ def diff(options: argparse.Namespace) -> int:
         elif (a.shape, a.dtype) != (b.shape, b.dtype):
             kinds = [f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in (a, b)]
             table.add_row(escape(key), ", ".join(kinds), "")
-        elif not torch.equal(bits(a.detach()), bits(b.detach())):
+        elif not torch.equal(byte_view(a.detach()), byte_view(b.detach())):
             off, size = (a.double() - b.double()).detach(), b.detach().double().norm()
             relative = f"{(off.norm() / size).item():.2e}" if size else "–"
             table.add_row(escape(key), f"{off.abs().max().item():.2e}", relative)
@@ -84,17 +83,25 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors are one line, and the exit status 2."""
+    """Run a command. An error prints one line, and the exit status is 2."""
     parser = argparse.ArgumentParser(prog="lora_func", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: object, help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__, help=help, description=help)  # type: ignore[attr-defined]
         added.add_argument("file", type=Path)
+        added.add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            default=[],
+            metavar="PACKAGE",
+            help="a package that registers variants; may be repeated",
+        )
         added.set_defaults(run=run)
         return added
 
-    command(show, "what a file holds, what it says of itself, and whether it is healthy")
+    command(show, "the leaves of a file, its metadata, and whether the numbers are healthy")
     to = command(convert, "write an adapter in another form")
     to.add_argument("--to", choices=("peft", "lora"), required=True)
     to.add_argument("--out", type=Path, required=True, help="a folder")
@@ -107,8 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
+        for package in options.imports:
+            importlib.import_module(package)
         status: int = options.run(options)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         print(f"lora_func: {' '.join(text.split())}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Looking at what the user gave: each check names the field, what it got and what it takes."""
+"""Checks of what the user gave: each names the field, the value found and the values accepted."""
 
 import math
 import re
@@ -11,12 +11,12 @@ def as_tuple(one_or_more: str | Sequence[str]) -> tuple[str, ...]: ...
 @overload
 def as_tuple(one_or_more: int | Sequence[int]) -> tuple[int, ...]: ...
 def as_tuple(one_or_more: Any) -> tuple[Any, ...]:
-    """Return a tuple of what may be given alone or as a sequence."""
+    """Return a single value, or a sequence of values, as a tuple."""
     return (one_or_more,) if isinstance(one_or_more, (str, int)) else tuple(one_or_more)
 
 
 def check_patterns(field_name: str, patterns: str | Sequence[str]) -> None:
-    """Refuse what is not a regular expression or a sequence of them.
+    """Check a regular expression, or a sequence of regular expressions.
 
     Raises:
         TypeError: If a pattern is not a string.
@@ -36,20 +36,20 @@ def check_patterns(field_name: str, patterns: str | Sequence[str]) -> None:
 
 
 def check_count(field_name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no integer, or a smaller one.
+    """Check an integer against its smallest allowed value.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the value is not an integer, or is smaller.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{field_name}: got {value!r}, expected an integer of at least {least}")
 
 
 def check_number(field_name: str, value: Any, above: float | None = None) -> None:
-    """Refuse what is no finite number, or none above a bound.
+    """Check a finite number, optionally against a lower bound.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the value is not a finite number, or is not above the bound.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and (above is None or value > above)):
@@ -58,7 +58,7 @@ def check_number(field_name: str, value: Any, above: float | None = None) -> Non
 
 
 def check_choice(field_name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse what is not among the choices.
+    """Check that a value is one of the choices.
 
     Raises:
         ValueError: If it is not.
@@ -70,10 +70,10 @@ def check_choice(field_name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_flag(field_name: str, value: Any) -> None:
-    """Refuse what is neither True nor False.
+    """Check that a value is True or False.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If it is not.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{field_name}: got {value!r}, expected True or False")

@@ -1,9 +1,10 @@
-"""What every config has: where the adapter goes; for low-rank variants, how large it is."""
+"""What all configs share: which sites of a model they name, and ranks and alphas by site."""
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NoReturn, Self, TypeAlias, TypeVar, get_args
 
 from lora_func.checks import as_tuple, check_count, check_number, check_patterns
 
@@ -16,37 +17,71 @@ Role: TypeAlias = Literal["reader", "writer", "inner"]
 Calibration: TypeAlias = Literal["inputs", "gradients", "pairs"]
 
 
+class FrozenDict(dict[str, Any]):
+    """A hashable dict that cannot be changed: the form in which a config keeps its patterns."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("a config cannot be changed; make another one with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+def _documented_fields(config: type) -> str:
+    """The section "Attributes:" of a config class, without its title."""
+    text = inspect.cleandoc(config.__dict__.get("__doc__") or "")
+    found = re.search(r"^Attributes:\n((?:^ .*\n?|^\n)+)", text, re.MULTILINE)
+    return found[1].rstrip() if found else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The part of a config that says which layers of the model take part.
 
     Attributes:
         layers: Indices of the layers to adapt, counted within each stack of layers (an encoder and
-            a decoder are two); negative ones count from the end. None means all of them, and
-            modules outside any stack too.
+            a decoder are two stacks). Negative indices count from the end. None means all layers,
+            and also modules outside any stack.
     """
 
     layers: int | Sequence[int] | None = None
 
+    def __init_subclass__(cls) -> None:
+        """Append the inherited fields to the docstring, so that ``help`` shows all of them."""
+        inherited = [base for base in cls.__mro__[1:] if issubclass(base, AdapterConfig)]
+        own = inspect.cleandoc(cls.__dict__.get("__doc__") or f"Config {cls.__name__}.")
+        for base in inherited:
+            fields = _documented_fields(base)
+            if fields:
+                own += f"\n\nAttributes of {base.__name__}:\n{fields}"
+        cls.__doc__ = own
+
     def __post_init__(self) -> None:
-        if self.layers is None:
-            return
-        if not isinstance(self.layers, (int, Sequence)):
-            raise TypeError(f"layers: got {self.layers!r}, expected an int or a sequence of ints")
-        for layer in as_tuple(self.layers):
-            if isinstance(layer, bool) or not isinstance(layer, int):
-                raise TypeError(f"layers: got {layer!r}, expected an int or a sequence of ints")
-        if not as_tuple(self.layers):
-            raise ValueError("layers: got an empty sequence; leave it None to adapt every layer")
+        if self.layers is not None:
+            if not isinstance(self.layers, (int, Sequence)):
+                raise TypeError(f"layers: got {self.layers!r}, expected an int or several")
+            for layer in as_tuple(self.layers):
+                if isinstance(layer, bool) or not isinstance(layer, int):
+                    raise TypeError(f"layers: got {layer!r}, expected an int or several")
+            if not as_tuple(self.layers):
+                raise ValueError("layers: got an empty sequence; leave it None to adapt all layers")
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _frozen(value))
 
     @property
     def variant(self) -> str | None:
-        """Name of the variant that is meant, where several share this class; else None."""
+        """Name of the variant, where several variants share this config class; else None."""
         return None
 
     @property
     def calibration(self) -> Calibration | None:
-        """What the variant can learn from data before it starts; None if nothing.
+        """What ``init`` measures on data for this config; None if it needs no data.
 
         "inputs": the inputs of each site. "gradients": the gradients of its outputs as well.
         "pairs": its inputs at the last token, in pairs of a positive and a negative batch.
@@ -54,7 +89,7 @@ class AdapterConfig:
         return None
 
     def at(self, site: str) -> Self:
-        """Return the config that holds at one site, with the patterns over sites resolved."""
+        """Return the config for one site, with the patterns over sites resolved."""
         return self
 
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
@@ -67,19 +102,18 @@ class LinearConfig(AdapterConfig):
     """A config whose sites are layers and parameters that are matrices.
 
     Attributes:
-        target_modules: A regular expression searched for in the paths of linear layers,
+        target_modules: A regular expression that is searched for in the paths of linear layers,
             convolutions and embeddings, or a sequence of them; or "all-linear": every linear layer
-            but the output head and MoE routers. Each pattern must match at least one of the sites
-            that are left in the end.
+            except the output head, MoE routers and layers that the model never calls. Each pattern
+            must match at least one selected site.
         target_parameters: The same for names of parameters of two or three axes, such as stacked
-            experts. A parameter that modules share is adapted in all of them, whereas a module
-            stands for itself alone.
-        exclude_modules: Patterns of sites to leave out. Each must match at least one that could be
-            adapted.
-        target_roles: Keep only modules of these roles, read from the shapes against the width of
-            the residual stream: "reader" (stream to something else), "writer" (something else to
-            the stream), "inner" (neither side). A square layer is a reader or a writer by where it
-            stands in its block.
+            experts. A parameter that modules share is adapted in all of them. A module that
+            ``target_modules`` names is adapted alone.
+        exclude_modules: Patterns of sites to leave out. Each pattern must match at least one site
+            that could be adapted.
+        target_roles: Keep only modules of these roles, which are read from the shapes and the width
+            of the residual stream: "reader" (reads the stream), "writer" (writes to it), "inner"
+            (touches it on neither side). The place in its block decides for a square layer.
     """
 
     target_modules: Patterns = ALL_LINEAR
@@ -88,7 +122,6 @@ class LinearConfig(AdapterConfig):
     target_roles: Role | Sequence[Role] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_patterns("target_modules", self.target_modules)
         check_patterns("target_parameters", self.target_parameters)
         check_patterns("exclude_modules", self.exclude_modules)
@@ -98,6 +131,7 @@ class LinearConfig(AdapterConfig):
                 raise ValueError(f"target_roles: got {role!r}, expected any of {get_args(Role)}")
         if not as_tuple(self.target_modules) and not as_tuple(self.target_parameters):
             raise ValueError('target_modules: got no pattern; "all-linear" adapts every layer')
+        super().__post_init__()
 
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
         """Return the patterns of the modules and parameters to adapt."""
@@ -110,20 +144,20 @@ class LinearConfig(AdapterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterConfig(AdapterConfig):
-    """A config whose sites are modules of any kind, of which it names parameters.
+    """A config that names parameters of modules of any kind.
 
     Attributes:
-        target_parameters: A regular expression searched for in the names of the model's parameters,
-            or a sequence of them. Each must match at least one.
+        target_parameters: A regular expression that is searched for in the names of the model's
+            parameters, or a sequence of them. Each must match at least one parameter.
     """
 
     target_parameters: Patterns
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_patterns("target_parameters", self.target_parameters)
         if not as_tuple(self.target_parameters):
             raise ValueError('target_parameters: got no pattern; ".*" trains every parameter')
+        super().__post_init__()
 
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
         """Return the patterns of the parameters to train."""
@@ -135,19 +169,19 @@ class RankConfig(LinearConfig):
     """A config whose adapters have a rank, which may differ by site.
 
     Attributes:
-        r: The rank, at least 1; what it counts and how large it may be is the variant's to say.
+        r: The rank, at least 1. The variant defines what it counts and its largest value.
         rank_pattern: Ranks for some sites: regular expression searched for in the site's path -> r.
             A site may match several patterns only if they agree.
     """
 
     r: int = 8
-    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_table("rank_pattern", self.rank_pattern)
         for r in (self.r, *self.rank_pattern.values()):
             check_count("r", r)
+        super().__post_init__()
 
     def at(self, site: str) -> Self:
         """Return the config with the rank of one site."""
@@ -161,23 +195,23 @@ class RankConfig(LinearConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(RankConfig):
-    """A config of the family ``W + s B A``, whose r goes from 1 to min(d_out, d_in).
+    """A config of the family ``W + s B A``, with r from 1 to min(d_out, d_in).
 
     Attributes:
-        alpha: Numerator of the scale ``s = alpha / r``. None means ``2 r``, so that ``s = 2`` at
-            every rank.
+        alpha: Numerator of the scale ``s = alpha / r``. None, the default, means ``alpha = 2 r``:
+            the scale is 2 at every rank.
         alpha_pattern: Alphas for some sites, by pattern like the ranks.
     """
 
     alpha: float | None = None
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_table("alpha_pattern", self.alpha_pattern)
         alphas = [*self.alpha_pattern.values()]
         for alpha in alphas if self.alpha is None else (self.alpha, *alphas):
             check_number("alpha", alpha, above=0)
+        super().__post_init__()
 
     @property
     def scale(self) -> float:
@@ -192,6 +226,15 @@ class LowRankConfig(RankConfig):
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
         """Return the patterns of the modules to adapt, and those over ranks and alphas."""
         return super().site_patterns() | {"alpha_pattern": (*self.alpha_pattern,)}
+
+
+def _frozen(value: Any) -> Any:
+    """An immutable copy of a field's value."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(one) for key, one in value.items()})
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(_frozen, value))
+    return value
 
 
 def _check_table(field_name: str, table: Any) -> None:

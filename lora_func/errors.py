@@ -1,17 +1,17 @@
-"""The exceptions of our own; everything else is ValueError, TypeError or KeyError."""
+"""The exceptions of this library; every other error is a ValueError, TypeError or KeyError."""
 
 
 class BusyModelError(RuntimeError):
-    """The model is already running with an adapter, in another thread or around this call."""
+    """The model already runs with an adapter, in another thread or around this call."""
 
 
 class UnusedLeafError(RuntimeError):
-    """A call finished without using some leaf, as when its layer never ran."""
+    """A call finished and some leaf had no part in it, for example because its layer never ran."""
 
 
 class FoldError(RuntimeError):
-    """Adapters cannot share one call of a model, since its rows would not stay apart."""
+    """Several adapters cannot share one call of this model."""
 
 
 class AdapterFileError(ValueError):
-    """A file that is no adapter, is damaged, or does not fit the model."""
+    """A file holds no adapter, is damaged, or does not fit the model."""

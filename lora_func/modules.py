@@ -1,49 +1,26 @@
-"""Walking through a model."""
+"""Walking through a model: paths, parameters, and whether its structure has changed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor, nn
 
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile(model)`` wraps; any other module as it is."""
-    original = getattr(model, "_orig_mod", model)
-    assert isinstance(original, nn.Module)
-    return original
+from lora_func.compat import children_of, parameters_of
 
 
-class PartOfCall(nn.Module):
-    """A function that runs a part of a model, as a module for ``functional_call``."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        return self.function(*args, **kwargs)
-
-
-def forward_slot(module: nn.Module) -> str:
-    """Name the attribute whose place an adapter takes: accelerate's hooks live in "forward"."""
-    return "_old_forward" if "_old_forward" in vars(module) else "forward"
-
-
-def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
-    """Find what a path names.
+def find_site(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
+    """Find the module or parameter that a path names.
 
     Args:
         model: The model.
-        path: Of a module or of a parameter.
+        path: Path of a module or of a parameter.
 
     Returns:
-        The module and None, or the module that holds the parameter and its name there.
+        The module and None; or the module that holds the parameter, and the parameter's name there.
 
     Raises:
-        KeyError: If there is neither.
+        KeyError: If the model has neither.
     """
     try:
         return model.get_submodule(path), None
@@ -53,25 +30,25 @@ def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
         module = model.get_submodule(parent)
     except AttributeError:
         module = None
-    if module is None or module._parameters.get(name) is None:
+    if module is None or parameters_of(module).get(name) is None:
         raise KeyError(f"the model has no module and no parameter {path!r}")
     return module, name
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter of each module; a tied one at each of its places."""
+    """Yield each parameter of each module; a tied parameter once for each of its places."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameters_of(module).items():
             if parameter is not None:
                 yield prefix + name, parameter
 
 
 class Structure(NamedTuple):
-    """The modules of a model as they stood.
+    """The modules of a model at one moment.
 
     Attributes:
-        identities: The ids of all.
+        identities: The ids of all modules.
         places: Each module, weakly, with the names and the ids of its children.
     """
 
@@ -79,20 +56,27 @@ class Structure(NamedTuple):
     places: tuple[tuple[Callable[[], nn.Module | None], tuple[str, ...], tuple[int, ...]], ...]
 
     def holds(self) -> bool:
-        """Tell whether the same modules stand in the same places, much faster than a walk."""
+        """True if the same modules stand in the same places; much faster than a walk."""
         for reference, names, ids in self.places:
-            children = getattr(reference(), "_modules", None)
-            if children is None or len(children) != len(names):
+            module = reference()
+            if module is None:
+                return False
+            children = children_of(module)
+            if len(children) != len(names):
                 return False
             if names and ((*children,) != names or (*map(id, children.values()),) != ids):
                 return False
         return True
 
     def requires_grad(self) -> bool:
-        """Tell whether a parameter of any of the modules requires grad."""
-        modules = [module for reference, _, _ in self.places if (module := reference())]
-        parameters = [p for module in modules for p in module._parameters.values()]
-        return any(p.requires_grad for p in parameters if p is not None)
+        """True if a parameter of any of the modules requires grad."""
+        for reference, _, _ in self.places:
+            module = reference()
+            if module is not None:
+                for parameter in parameters_of(module).values():
+                    if parameter is not None and parameter.requires_grad:
+                        return True
+        return False
 
 
 def structure(model: nn.Module, forget: Callable[[object], None]) -> Structure:
@@ -100,8 +84,7 @@ def structure(model: nn.Module, forget: Callable[[object], None]) -> Structure:
 
     Args:
         model: The model.
-        forget: Called when one of its modules is gone: another may come to stand at the same place
-            in memory.
+        forget: Called when one of its modules dies: another module may get its id.
 
     Returns:
         The structure.
@@ -109,8 +92,8 @@ def structure(model: nn.Module, forget: Callable[[object], None]) -> Structure:
     places = tuple(
         (
             ref(module, forget),
-            tuple(module._modules),
-            tuple(id(child) for child in module._modules.values()),
+            tuple(children_of(module)),
+            tuple(id(child) for child in children_of(module).values()),
         )
         for module in model.modules()
     )
@@ -120,3 +103,78 @@ def structure(model: nn.Module, forget: Callable[[object], None]) -> Structure:
 def identities(model: nn.Module) -> frozenset[int]:
     """Return the ids of a model's modules."""
     return frozenset(map(id, model.modules()))
+
+
+class ReadTracker(dict[str, Any]):
+    """The parameters of a module while an adapter is injected.
+
+    The module itself reads them by ``inner``. Everyone else reads them by name, as attributes of
+    the module, and gets what the module computes with: the adapted weight.
+
+    Attributes:
+        original: The dict that this one replaces during the call.
+        used_by: Name -> the keys of the adapter that reading it uses.
+        unused: The keys that nothing has used yet; reading removes some.
+        adapt: Gives the adapted parameter, from its name and the stored one; None if the stored one
+            is what the module computes with.
+    """
+
+    __slots__ = ("adapt", "original", "unused", "used_by")
+
+    def __init__(
+        self,
+        stored: Mapping[str, Any],
+        original: dict[str, Any],
+        unused: set[str] | None = None,
+        used_by: Mapping[str, Collection[str]] | None = None,
+        adapt: Callable[[str, Any], Any] | None = None,
+    ) -> None:
+        super().__init__(stored)
+        self.original = original
+        self.unused = unused
+        self.used_by = used_by
+        self.adapt = adapt
+
+    def inner(self, name: str) -> Any:
+        """Return a stored parameter."""
+        if self.used_by and self.unused:
+            self.unused.difference_update(self.used_by.get(name, ()))
+        return dict.__getitem__(self, name)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.inner(name)
+        return value if self.adapt is None else self.adapt(name, value)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a parameter as code outside the module reads it."""
+        return self[name] if name in self else default  # noqa: SIM401
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Store a parameter for good: hooks that load or gather weights write through."""
+        dict.__setitem__(self, name, value)
+        self.original[name] = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self.original),)
+
+
+def original_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return a module's parameters as they are without an adapter."""
+    own = parameters_of(module)
+    return own.original if type(own) is ReadTracker else own
+
+
+def inner_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return the parameters that a module itself runs with, before its adapter changes them."""
+    own = parameters_of(module)
+    return {name: own.inner(name) for name in own} if type(own) is ReadTracker else own
+
+
+def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return the places, module and name, of each parameter of a model, by its id."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in original_parameters(module).items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return places

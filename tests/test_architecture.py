@@ -1,6 +1,7 @@
-"""The shape of the package: layers, weight of the import, one file for each variant."""
+"""The shape of the package: order of packages, faces, private names, short files, a light import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,54 +13,40 @@ from lora_func import variants
 
 PACKAGE = Path(lora_func.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+ROOT = PACKAGE.parent
 
-# a module may import from the rows above its own
-LAYERS = [
-    {"_errors", "_checks", "_modules", "_slots", "_batch", "_compare", "_packed"},
-    {"_transforms", "_bitsandbytes"},
-    {"_quantised"},
-    {"_weight"},
-    {"_products"},
-    {"_entries"},
-    {"_frozen", "_trees", "_files"},
-    {"_config", "_padding"},
-    {"_types"},
-    {
-        "_linalg",
-        "_keys",
-        "_roles",
-        "_selection",
-        "_patterns",
-        "_layers",
-        "_running",
-        "_remat",
-    },
-    {"_moments", "_low_rank", "_calibrate", "_checkpoint", "_losses", "_parameters"},
-    {f"variants.{file.stem}" for file in PACKAGE.glob("variants/[!_]*.py")}
-    | {"variants._template"},
-    {"variants"},
-    {"_targets", "_plan"},
-    {"_init", "_stack", "_summary", "_leaves", "_fingerprint"},
-    {"_io", "_peft_formats"},
-    {"_training", "_peft_read", "_peft_write"},
-    {"peft"},
-    {"_views"},
-    {"_operands"},
-    {"_sites"},
-    {"_replacements"},
-    {"_rows", "_merge", "_attach", "_algebra"},
-    {"_inject"},
-    {"_call", "_fold"},
-    {"_proof"},
-    {"_sweep"},
-    {""},
-    {"__main__"},
+ORDER = [
+    "version",
+    "errors",
+    "checks",
+    "compat",
+    "modules",
+    "configs",
+    "weights",
+    "variant",
+    "numerics",
+    "variants",
+    "adapter",
+    "targeting",
+    "runtime",
+    "initialization",
+    "sweep",
+    "export",
+    "files",
+    "peft",
+    "__init__",
+    "__main__",
 ]
+"""The packages and top-level modules; each imports only from those before it, and from itself."""
+
+
+def package_of(name):
+    """The part of a module's name that ``ORDER`` lists: "" is the root."""
+    return name.split(".")[1] if "." in name else "__init__"
 
 
 def name_of(file):
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+    return ".".join(("lora_func", *file.relative_to(PACKAGE).with_suffix("").parts))
 
 
 def imports_of(file):
@@ -68,35 +55,80 @@ def imports_of(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            inside = node.module == "lora_func.variants"
-            submodules = [
-                a.name for a in node.names if (PACKAGE / "variants" / f"{a.name}.py").exists()
-            ]
-            yield from (
-                (f"{node.module}.{name}" for name in submodules)
-                if inside and submodules
-                else [node.module]
-            )
-
-
-def rank(name):
-    return next(i for i, layer in enumerate(LAYERS) if name in layer)
+            for alias in node.names:
+                inner = PACKAGE.parent.joinpath(*node.module.split("."), f"{alias.name}.py")
+                is_module = inner.exists() or inner.with_suffix("").is_dir()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_point_downwards(file):
+def test_imports_point_upwards_and_go_through_faces(file):
+    here = package_of(name_of(file))
     for imported in imports_of(file):
-        if imported == "lora_func" or imported.startswith("lora_func."):
-            other = imported.removeprefix("lora_func").lstrip(".")
-            assert rank(other) < rank(name_of(file)), f"{name_of(file)} imports {other}"
+        if imported.split(".")[0] != "lora_func":
+            continue
+        there = package_of(imported)
+        assert ORDER.index(there) <= ORDER.index(here), f"{name_of(file)} imports {imported}"
+        private = re.search(r"\._[a-z]\w*", imported)
+        assert there == here or not private, f"{name_of(file)}: {imported} is private to {there}"
 
 
-def test_every_module_stands_in_a_layer():
-    assert {name_of(file) for file in FILES} == set().union(*LAYERS)
+def test_the_order_names_every_package():
+    there = {file.stem for file in PACKAGE.glob("*.py")} | {
+        folder.parent.name for folder in PACKAGE.glob("*/__init__.py")
+    }
+    assert there == set(ORDER)
+
+
+def test_every_package_says_what_belongs_there():
+    for face in PACKAGE.glob("*/__init__.py"):
+        text = ast.get_docstring(ast.parse(face.read_text()))
+        assert text, face
+        assert len(text.split("\n\n")) > 1 or len(text.splitlines()) > 2, face
+
+
+FOREIGN = re.compile(r"_(replace|asdict|fields)$")
+
+
+def private_names(file):
+    """Attributes and imports with a leading underscore that are not the file's own."""
+    tree = ast.parse(file.read_text())
+    own = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Attribute, ast.AnnAssign))
+        for name in [getattr(node, "name", getattr(node, "attr", None))]
+        if not isinstance(node, ast.Attribute)
+        or (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "handle"))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr):
+            if node.attr not in own and not FOREIGN.match(node.attr):
+                yield node.attr
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] != "lora_func":
+            yield from (a.name for a in node.names if re.match(r"_[a-z]", a.name))
+            yield from re.findall(r"\._[a-z]\w*", node.module)
+
+
+def test_private_names_of_other_libraries_stand_in_compat_alone():
+    for file in FILES:
+        if file.name != "compat.py":
+            assert not {*private_names(file)}, name_of(file)
+
+
+def test_no_variant_is_named_outside_its_file():
+    names = {variant.name for variant in variants.all_variants()}
+    general = re.compile(r"full|lora")  # the head of every key, and the package's own name
+    folders = ["lora_func/peft", "lora_func/adapter", "lora_func/files", "lora_func/export"]
+    folders += ["lora_func/runtime", "lora_func/sweep", "benchmarks"]
+    for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and node.value in names:
+                assert general.fullmatch(node.value), f"{file}: {node.value!r}"
 
 
 def test_the_table_of_variants_is_the_folder():
-    files = {f.stem for f in (PACKAGE / "variants").glob("*.py")} - {"__init__", "_template"}
+    files = {f.stem for f in (PACKAGE / "variants").glob("[!_]*.py")}
     assert {variant.init.__module__.rpartition(".")[2] for variant in variants._TABLE} == files
     assert len({variant.name for variant in variants._TABLE}) == len(variants._TABLE)
 
@@ -112,20 +144,10 @@ def test_files_and_functions_are_short():
     for file in FILES:
         text = file.read_text()
         assert text.count("\n") <= 250, f"{file.name}: {text.count(chr(10))} lines"
-        nodes = [*ast.walk(ast.parse(text))]
-        documented = {
-            node: (ast.get_docstring(node, clean=False) or "").count("\n")
-            for node in nodes
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        }
-        if file.parent.name == "variants":
-            lines = text.count("\n") - sum(documented.values())
-            assert lines <= (170 if "VARIANTS = " in text else 130), (
-                f"{file.name}: {lines} lines beside its docstrings"
-            )
-        for node in documented:
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                lines = node.end_lineno - node.lineno + 1 - documented[node]
+                documented = (ast.get_docstring(node, clean=False) or "").count("\n")
+                lines = node.end_lineno - node.lineno + 1 - documented
                 assert lines <= 40, f"{file.name}: {node.name} has {lines} lines"
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import lora_func as lf
-from lora_func.runtime._running import running
+from lora_func.runtime._running import active
 from tests.test_models import adapter, merged
 
 
@@ -114,7 +114,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing_behind():
             except Interrupt:
                 interrupted += 1
             assert all("forward" not in module.__dict__ for module in model.modules())
-            assert not running
+            assert not active
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, found)
@@ -238,7 +238,9 @@ def test_a_leaf_without_a_part_in_the_call_is_an_error():
         with pytest.raises(lf.UnusedLeafError, match=f"^{count} leaves had no part.*'{name}'"):
             lf.fcall(model, params, x)
         assert torch.equal(lf.fcall(model, params, x, strict=False), model(x))
-        with lf.adapted(model, params):
+        with pytest.raises(lf.UnusedLeafError, match=f"^{count} leaves"), lf.adapted(model, params):
+            model(x)
+        with lf.adapted(model, params, strict=False):
             model(x)
     params = lf.init(model, lf.LoRA(r=1, exclude_modules="unused"))
     lf.fcall(model, params, x)

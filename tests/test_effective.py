@@ -10,9 +10,9 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import lora_func as lf
-from lora_func.adapter._keys import SHARED, group
+from lora_func.adapter import SHARED, group
 from lora_func.variants import by_name
-from lora_func.weights._layers import Affine
+from lora_func.weights import Affine
 from tests.support.cases import CASES, Made
 from tests.support.models import scramble
 

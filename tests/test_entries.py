@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
-from lora_func.numerics._entries import beside_entries
-from lora_func.weights._layers import Affine
+from lora_func.numerics import add_entries
+from lora_func.weights import Affine
 from tests.support.cases import Made
 from tests.support.strategies import dims, seeds
 
@@ -53,7 +53,7 @@ def test_the_derivatives_are_the_dense_forms(rows, d_in, d_out, bias, adapters, 
     W = Affine(random(d_out, d_in), random(d_out) if bias else None)
     leaves = random(adapters or 2, rows, d_in), random(*indices[..., 0, :].shape)
     found = []
-    for form in (beside_entries, dense_form):
+    for form in (add_entries, dense_form):
         x, values = (leaf.clone().requires_grad_() for leaf in leaves)
         y = form(x, W, values, indices)
         first = torch.autograd.grad(y.sin().sum(), (x, values), retain_graph=True)
@@ -69,9 +69,9 @@ def test_values_more_precise_than_the_weight_are_not_rounded_to_it(dtype):
     W, x = torch.full((8, 8), 1000.0, dtype=dtype), torch.eye(8, dtype=dtype)
     indices = torch.arange(8).expand(2, 8)
     values = torch.full((8,), 2.0**-12, requires_grad=True)
-    y = beside_entries(x - x, W, values, indices) + beside_entries(x, W * 0, values, indices)
+    y = add_entries(x - x, W, values, indices) + add_entries(x, W * 0, values, indices)
     assert y.diagonal().eq(2.0**-12).all()
-    beside_entries(x, W, values, indices).sum().backward()
+    add_entries(x, W, values, indices).sum().backward()
     assert values.grad.dtype == torch.float32
     assert values.grad.eq(1).all()
 

@@ -148,7 +148,14 @@ def _shared_variant():
         h = x @ params["_A"][:, : x.shape[-1]].mT.to(x.dtype)
         return lf.linear(x, W) + h * params["b"][params["_order"].long()]
 
-    return lf.Variant(name="shared", config=Shared, init=init, apply=apply, shared=shared)
+    return lf.Variant(
+        name="shared",
+        config=Shared,
+        init=init,
+        apply=apply,
+        shared=shared,
+        leaves={"b": "d_out", "_order": "d_out", "_A": "1 widest"},
+    )
 
 
 def test_shared_and_integer_constants():
@@ -174,9 +181,21 @@ def test_register_refuses_what_would_clash():
     variant = _shared_variant()._replace(name="one", config=type("One", (lf.LinearConfig,), {}))
     lf.register(variant)
     lf.register(variant)
-    for clash in (variant._replace(config=lf.LinearConfig), variant._replace(name="two")):
-        with pytest.raises(ValueError, match="taken by 'one' with config One"):
-            lf.register(clash)
+    again = variant._replace(config=lf.LinearConfig)
+    with pytest.raises(ValueError, match="'one': the name is taken.*pass overwrite=True"):
+        lf.register(again)
+    with pytest.raises(ValueError, match="'two': config One belongs to 'one'"):
+        lf.register(variant._replace(name="two"))
+    lf.register(again, overwrite=True)
+    lf.register(variant, overwrite=True)
+    with pytest.raises(ValueError, match="three: leaves is empty"):
+        lf.register(variant._replace(name="three", leaves={}))
+    for leaves, message in (
+        ({"b": "d_out r+1"}, "axis 'r\\+1': expected a name"),
+        ({"b": "r d_in | d_in r"}, "'b' have the rank at different places"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lf.register(variant._replace(name="three", leaves=leaves))
     with pytest.raises(ValueError, match=r"'a\.b' cannot be part of a key"):
         lf.register(variant._replace(name="a.b"))
 

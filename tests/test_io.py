@@ -18,7 +18,7 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.files import _container
-from lora_func.files._container import OURS
+from lora_func.files._container import ENTRY
 from lora_func.files._fingerprint import fingerprint
 from tests.support.cases import CASES
 from tests.support.models import batch_for, make, scramble
@@ -48,7 +48,7 @@ def test_every_variant_comes_back(case, family, tmp_path):
     assert_identical(lf.load(str(path)), params)
     assert_same(before, model)
     with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()[OURS])["facts"]
+        facts = json.loads(file.metadata()[ENTRY])["facts"]
         assert file.metadata()["note"] == "ünicode"
     assert facts["configs"][0]["config"] == type(case.config(2)).__name__
     assert [path] == [*tmp_path.iterdir()]
@@ -392,7 +392,7 @@ def test_other_facts(tmp_path):
     path = tmp_path / "a.safetensors"
     lf.save(lora(), path)
     with safe_open(path, "pt") as file:
-        ours = json.loads(file.metadata()[OURS])
+        ours = json.loads(file.metadata()[ENTRY])
     tensors = load_file(path)
     for changed, message in [
         (ours | {"format": 2}, "has format version 2, this release reads 1"),
@@ -401,10 +401,10 @@ def test_other_facts(tmp_path):
         ({}, "its metadata are broken"),
         ([], "its metadata are broken"),
     ]:
-        save_file(tensors, path, {OURS: json.dumps(changed)})
+        save_file(tensors, path, {ENTRY: json.dumps(changed)})
         with pytest.raises(lf.AdapterFileError, match=message):
             lf.load(path)
-    save_file(tensors, path, {OURS: "{"})
+    save_file(tensors, path, {ENTRY: "{"})
     with pytest.raises(lf.AdapterFileError, match="its metadata are broken"):
         lf.load(path)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_func as lf
-from lora_func.adapter._keys import Key, group, parse
+from lora_func.adapter import Key, group, parse
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_func as lf
 from lora_func.runtime._operands import Operand
-from lora_func.weights._layers import Affine, dense
+from lora_func.weights import Affine, dense
 from tests.support.cases import CASES, Layers, make_layer, make_params, random_like, scrambled_stack
 from tests.support.strategies import dims, layers, seeds
 
@@ -111,7 +111,7 @@ def test_the_norm_of_the_change(case, data):
     layer = data.draw(layers(case, scrambled=True))
     change = layer.weight(layer.W) - dense(layer.W)
     torch.testing.assert_close(
-        layer.variant.delta_norm(layer.leaves), change.norm(), rtol=1e-6, atol=1e-6
+        layer.variant.delta_norm(layer.leaves, layer.W.shape), change.norm(), rtol=1e-6, atol=1e-6
     )
 
 

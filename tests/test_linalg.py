@@ -4,8 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_func.numerics._linalg import kaiming_uniform, low_rank_norm
-from lora_func.numerics._products import scaled
+from lora_func.numerics import kaiming_uniform, low_rank_norm, scaled
 from tests.support.strategies import dims, seeds
 
 

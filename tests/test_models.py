@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_func as lf
-from lora_func.adapter._keys import group
+from lora_func.adapter import group
 from tests.support.models import MODELS, batch_for, make, merged, scramble
 
 EACH_MODEL = pytest.mark.parametrize("family", MODELS)

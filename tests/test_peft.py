@@ -255,7 +255,7 @@ def test_a_module_to_save_with_others_inside(tmp_path):
 def test_half_a_checkpoint_is_none(tmp_path, monkeypatch):
     model = make("qwen3").requires_grad_(False)
     to_peft(lf.init(model, lf.LoRA(r=2, alpha=4)), tmp_path, model=model)
-    replace_file, calls = _peft_write.replace_file, []
+    replace_file, calls = _write.replace_file, []
 
     def failing(path, *args):
         calls.append(path)

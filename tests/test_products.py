@@ -9,10 +9,9 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import lora_func as lf
-from lora_func.numerics._linalg import cayley, skew
-from lora_func.numerics._products import beside, gained
+from lora_func.numerics import add_low_rank, cayley, scale_output, skew
 from lora_func.variants import by_name
-from lora_func.weights._layers import Affine
+from lora_func.weights import Affine
 from tests.support.cases import CASES, Made, make_layer, scrambled_stack
 from tests.support.strategies import dims, seeds
 
@@ -36,11 +35,11 @@ def plain(x, W, down, up, between=lambda h: h, gain=1):
     bias=st.booleans(),
     stack=st.booleans(),
     steered=st.booleans(),
-    gained=st.booleans(),
+    scale_output=st.booleans(),
     seed=seeds,
 )
 def test_the_fused_form_has_the_plain_forms_derivatives(
-    rows, d_in, d_out, bias, stack, steered, gained, seed
+    rows, d_in, d_out, bias, stack, steered, scale_output, seed
 ):
     g = torch.Generator().manual_seed(seed)
     front = (2,) if stack else ()
@@ -48,9 +47,9 @@ def test_the_fused_form_has_the_plain_forms_derivatives(
     W = Affine(random(g, d_out, d_in), random(g, d_out) if bias else None)
     leaves = [random(g, *rows, d_in), random(g, *front, 3, d_in), random(g, *front, d_out, 3)]
     options = {"between": torch.sin} if steered else {}
-    options |= {"gain": random(g, *front, *(1,) * len(front), d_out)} if gained else {}
+    options |= {"gain": random(g, *front, *(1,) * len(front), d_out)} if scale_output else {}
     found = []
-    for form in (beside, plain):
+    for form in (add_low_rank, plain):
         x, down, up = (leaf.clone().requires_grad_() for leaf in leaves)
         y = form(x, W, down, up, **options)
         first = torch.autograd.grad(y.sin().sum(), (x, down, up), create_graph=True)
@@ -71,7 +70,7 @@ def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, dtype, seed):
     g = torch.Generator().manual_seed(seed)
     leaves = random(g, 2, rows, d).to(dtype), random(g, *((2, 1, d) if stack else (d,)))
     found = []
-    for form in (gained, lambda y, gain: y * gain.to(y.dtype)):
+    for form in (scale_output, lambda y, gain: y * gain.to(y.dtype)):
         y, gain = (leaf.clone().requires_grad_() for leaf in leaves)
         out = form(y, gain)
         first = torch.autograd.grad(out.sin().sum(), (y, gain), retain_graph=True)
@@ -85,9 +84,9 @@ def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, dtype, seed):
 
 def test_a_gain_more_precise_than_the_output_is_not_rounded_to_its_dtype():
     y, gain = torch.full((2, 3), 1.5, dtype=torch.bfloat16), torch.full((3,), 1 + 3 * 2.0**-9)
-    assert gained(y, gain).eq(1.5078125).all()
+    assert scale_output(y, gain).eq(1.5078125).all()
     assert (y * gain.bfloat16()).eq(1.515625).all()
-    assert torch.equal(gained(y, torch.ones(3)), y)
+    assert torch.equal(scale_output(y, torch.ones(3)), y)
 
 
 @pytest.mark.parametrize("cfg", [lf.LoRA(r=2), lf.PiSSA(r=2), lf.DeLoRA(r=2)], ids=repr)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_func as lf
-from lora_func.weights._layers import Affine, affine, dense, linear, times
+from lora_func.weights import Affine, affine, dense, linear, matmul_weight
 from tests.support.models import batch_for, make, scramble
 from tests.support.quantised import KINDS, dequantised, make_quantised, quantise_layer, quantised
 from tests.test_call import assert_same, snapshot
@@ -80,7 +80,7 @@ def test_a_layer_is_its_dense_reference(kind, training, rows):
     else:
         assert torch.equal(linear(x, W), reference)
     A = torch.randn(3, 64)
-    same(times(A, W), A @ dense(W).mT)
+    same(matmul_weight(A, W), A @ dense(W).mT)
 
 
 @EACH_KIND

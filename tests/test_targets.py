@@ -335,7 +335,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_never_replaced():
     model = nn.Sequential(nn.Linear(4, 4), Doubling(4, 4))
     found = lf.find_targets(model, lf.LoRA())
     assert [t.site for t in found] == ["0"]
-    assert "Doubling has a forward" in found.left_out["1"]
+    assert "Doubling has its own forward" in found.left_out["1"]
     with pytest.raises(TypeError, match=r"1: .*Doubling has a forward.*exclude_modules"):
         lf.init(model, lf.LoRA(target_modules=r"\d"))
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_func.weights._layers import Affine, affine, dense, is_linear, linear
+from lora_func.weights import Affine, affine, dense, is_linear, linear
 from tests.support.strategies import dims
 
 

@@ -1,1 +1,28 @@
-"""."""
+"""The dict that is an adapter: its keys, the check of its leaves, stacks, sums, and the summary.
+
+Functions here work on the dict alone, or read weights by their paths. What runs a model belongs to
+``runtime``.
+"""
+
+from lora_func.adapter._combine import combine
+from lora_func.adapter._keys import RANK, SHARED, Key, as_trainable, group, parse, partition
+from lora_func.adapter._schema import check_leaves, check_site
+from lora_func.adapter._stack import size_of, stack, unstack
+from lora_func.adapter._summary import summary
+
+__all__ = [
+    "RANK",
+    "SHARED",
+    "Key",
+    "as_trainable",
+    "check_leaves",
+    "check_site",
+    "combine",
+    "group",
+    "parse",
+    "partition",
+    "size_of",
+    "stack",
+    "summary",
+    "unstack",
+]

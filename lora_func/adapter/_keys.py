@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lora_func.variant import Params
 
 SHARED = "*"
-"""The site under which constants lie that all sites of a variant share."""
+"""The site of constants that all sites of a variant share."""
 
 RANK = "_rank"
-"""The constant that ``stack`` adds where it padded ranks: the rank of each adapter."""
+"""The constant that ``stack`` adds if it padded ranks: the rank of each adapter."""
 
 
 class Key(NamedTuple):
@@ -20,7 +21,7 @@ class Key(NamedTuple):
     Attributes:
         site: Path of the adapted module; empty for the model itself, ``*`` for what sites share.
         variant: The variant's name.
-        leaf: The name of the tensor; with a leading ``_`` a constant.
+        leaf: The name of the tensor; a leading ``_`` marks a constant.
     """
 
     site: str
@@ -29,7 +30,7 @@ class Key(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        """Whether the leaf is never trained."""
+        """True if the leaf is never trained."""
         return self.leaf.startswith("_")
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ def group(keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
-    """Split an adapter into what is trained and what is not.
+    """Split an adapter into trained leaves and constants.
 
     ``{**trained, **constants}`` joins it again.
 
@@ -90,3 +91,17 @@ def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
     """
     constants = {key: leaf for key, leaf in params.items() if parse(key).is_constant}
     return {key: leaf for key, leaf in params.items() if key not in constants}, constants
+
+
+def as_trainable(leaves: Mapping[str, Tensor], device: str | torch.device | None = None) -> Params:
+    """Return leaves in the form that ``init`` gives: trained leaves require grad.
+
+    Args:
+        leaves: The leaves; the result may share their memory.
+        device: The device of the result; None keeps each leaf where it is.
+    """
+    with torch.inference_mode(False):
+        return {
+            key: leaf.detach().to(device).requires_grad_(not parse(key).is_constant)
+            for key, leaf in leaves.items()
+        }

@@ -1,37 +1,37 @@
-"""Whether an adapter has the leaves that its variants say, in the shapes that they say."""
+"""The check of leaves against their variants: which leaves there are, and in which shapes."""
 
 from collections.abc import Mapping
-from functools import cache, partial
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_func.adapter._keys import RANK, SHARED, Key, group, parse
-from lora_func.modules import place_of, uncompiled
-from lora_func.runtime._layout import plan_of
-from lora_func.variant import Variant
+from lora_func.compat import parameters_of, uncompiled
+from lora_func.modules import find_site
+from lora_func.variant import Variant, fit
 from lora_func.variants import by_name
-from lora_func.weights._layers import Affine, affine, is_linear, matrix
+from lora_func.weights import Affine, weight_at
+
+Shape = tuple[int, ...]
 
 
-def refuse_other_leaves(
-    params: Mapping[str, Tensor], model: nn.Module | None = None
-) -> tuple[int, ...]:
-    """Refuse an adapter, or a stack, that is not what its variants say.
+def check_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Shape:
+    """Check an adapter, or a stack, against its variants.
 
     Args:
         params: The adapter or the stack.
-        model: The model it belongs to; with it sizes are compared with those of its weights.
+        model: The model it belongs to; with it, sizes are compared with those of its weights.
 
     Returns:
-        With a model the axes that a stack has before those of an adapter: (K,), or () for one.
+        With a model, the axes that a stack has in front of an adapter's: (K,), or () for one
+        adapter.
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is no floating-point tensor, or a variant cannot adapt what a key
-            names.
-        ValueError: If there is no leaf, one is missing or unknown, or a shape does not fit.
+        TypeError: If a leaf is not a floating-point tensor.
+        ValueError: If there is no leaf, a leaf is missing or unknown, or a shape does not fit.
     """
     if not params:
         raise ValueError("params: got no leaf")
@@ -39,128 +39,116 @@ def refuse_other_leaves(
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"{key}: got {found}, expected a floating-point tensor")
-    if model is not None:
-        plan_of(uncompiled(model), params)
-    stacks: dict[tuple[int, ...], str] = {}
+    model = None if model is None else uncompiled(model)
+    stacks: dict[Shape, str] = {}
+    runs: set[Any] = set()
     for (site, name), keys in group(params).items():
         keys.pop(RANK, None)
         variant, shapes = by_name(name), {leaf: (*params[k].shape,) for leaf, k in keys.items()}
         where = str(Key(site, name, ""))
         if variant.parameters is None:
             shared = {leaf for leaf, key in keys.items() if parse(key).site == SHARED}
-            W = None if model is None else weight_at(uncompiled(model), site)
-            leading = _leading_of_leaves(where, variant, shapes, shared, W)
+            W = None if model is None else weight_at(model, site)
+            front = check_site(where, variant, shapes, shared, W)
+            if W is not None:
+                _check_run(where, variant, shapes, W, runs)
         elif model is not None:
-            module, _ = place_of(uncompiled(model), site)
-            leading = _leading_of_parameters(where, shapes, module._parameters)
+            module, _ = find_site(model, site)
+            front = _front_of_parameters(where, shapes, parameters_of(module))
         if model is not None:
-            stacks.setdefault(leading, where)
+            stacks.setdefault(front, where)
     if len(stacks) > 1 or max(map(len, stacks), default=0) > 1:
         axes = {where: axes for axes, where in stacks.items()}
         raise ValueError(f"leaves have leading axes {axes}; a stack has one, the same everywhere")
     return next(iter(stacks), ())
 
 
-def weight_at(model: nn.Module, path: str) -> Affine:
-    """Read the weight that a path names, with its bias.
-
-    Args:
-        model: The model.
-        path: Of a linear layer, of another module that ``has_matrix``, or of a parameter.
-
-    Returns:
-        The weight, with a first axis more if it is a stack, and the bias.
-
-    Raises:
-        KeyError: If there is no such module or parameter.
-        TypeError: If it is no matrix.
-    """
-    module, name = place_of(model, path)
-    if name is None and is_linear(module):
-        return affine(module, path)
-    return matrix(module, module._parameters, name or "weight")
-
-
-def _leading_of_leaves(
+def check_site(
     where: str,
     variant: Variant,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     shared: set[str],
     W: Affine | None,
-) -> tuple[int, ...]:
-    """The axes before those that a variant names, but for that of a stack of weights."""
-    leading = _leading(where, variant, shapes, shared, () if W is None else W.weight.shape)
-    if W is not None and variant.leaves:
-        axes = variant.axes
-        own = {leaf: shape[len(shape) - len(axes[leaf]) :] for leaf, shape in shapes.items()}
-        d_out, d_in = W.weight.shape[-2:]
-        if not _fit(variant.name, (*own.items(),), d_out, d_in):
-            raise ValueError(f"{where}: leaves of shapes {own} do not fit a weight {d_out, d_in}")
-    return leading
+) -> Shape:
+    """Check the leaves of one site.
+
+    Args:
+        where: What messages put in front of a leaf's name.
+        variant: The site's variant.
+        shapes: Leaf -> its shape.
+        shared: The leaves that stand under ``*``, which have no axis of a stack of weights.
+        W: The frozen weight, if it is known; possibly a stack of weights.
+
+    Returns:
+        The axes in front of an adapter's, without the axis of a stack of weights.
+
+    Raises:
+        ValueError: If a leaf is missing or unknown, or a shape does not fit.
+    """
+    if missing := variant.required - shapes.keys():
+        raise ValueError(f"{where}{min(missing)}: this leaf is missing")
+    if extra := shapes.keys() - variant.axes.keys():
+        raise ValueError(
+            f"{where}{min(extra)}: {variant.name} has no such leaf, but {[*variant.axes]}"
+        )
+    fronts, of_stack = _fronts(where, variant, shapes, W), () if W is None else W.weight.shape[:-2]
+    own = {leaf: front for leaf, front in fronts.items() if leaf not in shared}
+    first = next(iter(own.values()), ())
+    for leaf, front in own.items():
+        if front != first:
+            words = " or ".join(", ".join(words) for words in variant.axes[leaf])
+            raise ValueError(f"{where}{leaf}: got shape {shapes[leaf]}, expected ({words})")
+    if first[len(first) - len(of_stack) :] != tuple(of_stack):
+        raise ValueError(f"{where}: leaves have leading axes {first}, the weight {(*of_stack,)}")
+    return first[: len(first) - len(of_stack)]
 
 
-_Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@cache
-def _fit(name: str, shapes: _Shapes, d_out: int, d_in: int) -> bool:
-    """Whether a variant runs with such leaves; not if its blocks do not make up d_in, say."""
-    # an apply that looks at numbers fails on the first device whatever the shapes
-    return any(_runs(name, shapes, d_out, d_in, device) for device in ("meta", "cpu"))
-
-
-def _runs(name: str, shapes: _Shapes, d_out: int, d_in: int, device: str) -> bool:
-    zeros = partial(torch.zeros, device=device)
-    leaves = {leaf: zeros(shape) for leaf, shape in shapes}
+def _fronts(
+    where: str, variant: Variant, shapes: Mapping[str, Shape], W: Affine | None
+) -> dict[str, Shape]:
+    """Leaf -> the axes in front of those that the variant names."""
+    ordered = {leaf: shapes[leaf] for leaf in variant.axes if leaf in shapes}
+    sizes = {} if W is None else dict(zip(("d_out", "d_in"), W.weight.shape[-2:], strict=True))
     try:
-        y = by_name(name).apply(Affine(zeros(d_out, d_in)), leaves, zeros(1, d_in))
+        return fit(variant.axes, ordered, sizes)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def _check_run(
+    where: str, variant: Variant, shapes: Mapping[str, Shape], W: Affine, done: set[Any]
+) -> None:
+    """Try the variant on zeros of these shapes: axes cannot say everything."""
+    fronts, (d_out, d_in) = _fronts(where, variant, shapes, W), W.weight.shape[-2:]
+    own = {leaf: shape[len(fronts[leaf]) :] for leaf, shape in shapes.items()}
+    key = (variant.name, *own.items(), d_out, d_in)
+    # an apply that looks at numbers fails on the meta device, whatever the shapes
+    devices = () if key in done else ("meta", "cpu")
+    if devices and not any(_runs(variant, own, d_out, d_in, device) for device in devices):
+        raise ValueError(f"{where}: leaves of shapes {own} do not fit a weight {d_out, d_in}")
+    done.add(key)
+
+
+def _runs(
+    variant: Variant, shapes: Mapping[str, Shape], d_out: int, d_in: int, device: str
+) -> bool:
+    zeros = partial(torch.zeros, device=device)
+    leaves = {leaf: zeros(shape) for leaf, shape in shapes.items()}
+    try:
+        y = variant.apply(Affine(zeros(d_out, d_in)), leaves, zeros(1, d_in))
     except (RuntimeError, ValueError, IndexError):
         return False
     return y.shape == (1, d_out)
 
 
-def _leading_of_parameters(
-    where: str, shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any]
-) -> tuple[int, ...]:
-    leading = set()
+def _front_of_parameters(where: str, shapes: Mapping[str, Shape], own: Mapping[str, Any]) -> Shape:
+    front = set()
     for leaf, shape in shapes.items():
+        if own.get(leaf) is None:
+            raise KeyError(f"{where}{leaf}: the module has no parameter {leaf!r}")
         expected = tuple(own[leaf].shape)
         split = len(shape) - len(expected)
-        leading.add(shape[:split])
-        if shape[split:] != expected or len(leading) > 1:
+        front.add(shape[:split])
+        if shape[split:] != expected or len(front) > 1:
             raise ValueError(f"{where}{leaf}: got shape {shape}, the parameter has {expected}")
-    return leading.pop()
-
-
-def _leading(
-    where: str,
-    variant: Variant,
-    shapes: Mapping[str, tuple[int, ...]],
-    shared: set[str],
-    weight: tuple[int, ...],
-) -> tuple[int, ...]:
-    known = variant.axes
-    needed = {leaf for leaf in variant.leaves if not leaf.endswith("?")}
-    if missing := needed - shapes.keys():
-        raise ValueError(f"{where}{min(missing)}: this leaf is missing")
-    if known and (extra := shapes.keys() - known.keys()):
-        raise ValueError(f"{where}{min(extra)}: {variant.name} has no such leaf, but {[*known]}")
-    sizes = dict(zip(("d_out", "d_in"), weight[-2:], strict=False))
-    leading: set[tuple[int, ...]] = set()
-    for leaf, axes in known.items():
-        if leaf not in shapes:
-            continue
-        split = len(shapes[leaf]) - len(axes)
-        named = zip(axes, shapes[leaf][max(split, 0) :], strict=False)
-        fits = [n == (int(a) if a.isdigit() else sizes.setdefault(a, n)) for a, n in named]
-        if leaf not in shared:
-            leading.add(shapes[leaf][: max(split, 0)])
-        if split < 0 or not all(fits) or len(leading) > 1:
-            expected = ", ".join(
-                f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes
-            )
-            raise ValueError(f"{where}{leaf}: got shape {shapes[leaf]}, expected ({expected})")
-    found = next(iter(leading), ())
-    if found[len(found) - len(weight[:-2]) :] != weight[:-2]:
-        raise ValueError(f"{where}: leaves have leading axes {found}, the weight {weight[:-2]}")
-    return found[: len(found) - len(weight[:-2])]
+    return front.pop()

@@ -14,19 +14,19 @@ from lora_func.variants import by_name
 def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
     """Stack adapters of the same sites and variants along a new first axis.
 
-    Ranks may differ where the variant allows it: the rank axis is padded with zeros, which receive
-    no gradient and add nothing. Differentiable: keep the adapters as optimizer leaves, each with
-    settings of its own, and stack them inside the step.
+    Ranks may differ if the variant allows it: the rank axis is padded with zeros, which receive
+    no gradient and add nothing. ``stack`` is differentiable: keep the adapters as optimizer leaves,
+    each with its own settings, and stack them inside the step.
 
     Args:
         adapters: At least one.
 
     Returns:
-        Key -> tensor (K, ...). Where ranks were padded, a constant ``_rank`` (K,) remembers them.
+        Key -> tensor (K, ...). If ranks were padded, a constant ``_rank`` (K,) remembers them.
 
     Raises:
         ValueError: If there is none, keys differ, ranks differ in a variant that cannot be padded,
-            or shapes, dtypes or devices of a leaf differ in what no padding makes equal.
+            or shapes, dtypes or devices of a leaf differ otherwise.
 
     Example:
         >>> import torch, lora_func as lf
@@ -37,7 +37,7 @@ def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
         >>> losses = torch.vmap(lf.fcall, in_dims=(None, 0, None))(model, stacked, torch.ones(5, 4))
     """
     adapters = [*adapters]
-    _refuse_other_keys(adapters)
+    _check_same_keys(adapters)
     stacked: Params = {}
     for (site, name), keys in group(adapters[0]).items():
         variant = by_name(name)
@@ -68,11 +68,10 @@ def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
     """Split a stack into its adapters, each of its own rank.
 
     Args:
-        stacked: What ``stack`` made, possibly trained since.
+        stacked: The result of ``stack``, possibly trained.
 
     Returns:
-        K adapters, copies that gradients flow through; ``unstack(stack(adapters))`` equals
-        ``adapters``.
+        K adapters, as differentiable copies; ``unstack(stack(adapters))`` equals ``adapters``.
 
     Raises:
         ValueError: If the leaves have no common first axis.
@@ -104,12 +103,13 @@ def size_of(stacked: Mapping[str, Tensor]) -> int:
     size = next(iter(sizes), None)
     if len(sizes) != 1 or size is None:
         raise ValueError(
-            f"stacked: leaves have first axes {sizes}, expected one size; is this a single adapter?"
+            f"stacked: leaves have first axes {sizes}, expected one; is this a single adapter? "
+            "stack([...]) makes a stack of several"
         )
     return size
 
 
-def _refuse_other_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:
+def _check_same_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:
     if not adapters:
         raise ValueError("adapters: got none")
     first = adapters[0]

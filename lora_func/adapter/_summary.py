@@ -1,4 +1,4 @@
-"""A look at an adapter."""
+"""A table of an adapter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lora_func.adapter._keys import group, partition
-from lora_func.variant import rank_of
+from lora_func.compat import uncompiled
+from lora_func.variant import Variant, rank_of
 from lora_func.variants import by_name
-from lora_func.weights._bitsandbytes import size_of
+from lora_func.weights import numel_of, weight_at
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,14 +21,14 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
     """Tabulate an adapter or a stack: one row for each site, totals below.
 
     Args:
-        params: The adapter. In a stack, scales and norms are shown as a range and parameters are
-            counted over all.
-        model: The model it belongs to; with it the total comes as a percentage of the model's
-            parameters.
+        params: The adapter. For a stack, scales and norms are shown as a range, and parameters are
+            counted over all adapters.
+        model: The model it belongs to; with it, the total is also given as a percentage of the
+            model's parameters, and norms that need the shape of a weight are shown.
 
     Returns:
         A table for ``rich.print``: site, variant, rank, scale, dtype, trained parameters, and the
-        Frobenius norm of the change of the weight where that is cheap.
+        Frobenius norm of the change of the weight if that is cheap.
 
     Raises:
         KeyError: If a key is malformed or names no variant.
@@ -51,7 +52,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
     for (site, name), keys in sites.items():
         variant, leaves = by_name(name), {leaf: params[key] for leaf, key in keys.items()}
         of_site = [params[key] for key in keys.values() if key in trained]
-        norm = variant.delta_norm(leaves) if variant.delta_norm else None
+        norm = _norm(variant, leaves, site, model)
         table.add_row(
             escape(site) or "(the model)",
             name,
@@ -65,9 +66,20 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
     table.columns[0].footer = f"{len(sites)} sites"
     table.columns[-2].footer = f"{total:,}"
     if model is not None:
-        of_model = sum(size_of(parameter) for parameter in model.parameters())
+        of_model = sum(numel_of(parameter) for parameter in model.parameters())
         table.caption = f"{total / max(of_model, 1):.3%} of the model's parameters"
     return table
+
+
+def _norm(
+    variant: Variant, leaves: Mapping[str, Tensor], site: str, model: nn.Module | None
+) -> Tensor | None:
+    if variant.delta_norm is None:
+        return None
+    if model is None:
+        return variant.delta_norm(leaves, None)
+    d_out, d_in = weight_at(uncompiled(model), site).weight.shape[-2:]
+    return variant.delta_norm(leaves, (d_out, d_in))
 
 
 def _range(values: Tensor | None) -> str:

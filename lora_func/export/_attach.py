@@ -1,4 +1,4 @@
-"""An adapter as parametrizations of a live model, for code that wants parameters and modules."""
+"""An adapter as parametrizations of a live model, for code that needs parameters and modules."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,16 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_func.adapter._schema import refuse_other_leaves
-from lora_func.modules import uncompiled
-from lora_func.runtime._frozen import shared_parameters
-from lora_func.runtime._layout import Site, plan_of
-from lora_func.runtime._running import refuse_running
-from lora_func.runtime._sites import place_for_bias
-from lora_func.runtime._views import new_bias, new_weight, weight_view
+from lora_func.compat import parameters_of, uncompiled
+from lora_func.modules import shared_parameters
+from lora_func.runtime import (
+    Site,
+    adapted_bias,
+    adapted_weight,
+    check_idle,
+    check_single,
+    name_for_bias,
+    weight_view,
+)
 from lora_func.variant import Params
-from lora_func.weights._bitsandbytes import is_packed
-from lora_func.weights._layers import is_stack, matrix, stored
+from lora_func.weights import is_packed, is_stack, matrix, restore_layout
 
 
 class Attached:
@@ -33,29 +36,29 @@ class Attached:
         self._required_grad = [(p, p.requires_grad) for p in model.parameters()]
 
     def params(self) -> Params:
-        """Return the adapter as it is now: new tensors, as ``init`` would make them."""
+        """Return the current adapter: new tensors, in the form that ``init`` gives."""
         return {
             key: getattr(leaves, name).detach().clone().requires_grad_(not name.startswith("_"))
             for key, (leaves, name) in self._leaves.items()
         }
 
     def remove(self, *, merge: bool = False) -> None:
-        """Take the adapter out of the model, which then has its types, names and bits again.
+        """Remove the adapter; the model then has its former types, names and bits.
 
         Args:
             merge: Whether the model keeps the adapted weights, written into its own parameters.
 
         Raises:
-            ValueError: If merging would change another place of a tied weight, or there is nothing
-                to merge since it has been removed.
+            ValueError: If merging would change another place of a tied weight, or the adapter has
+                been removed already.
         """
         if merge and not self._places:
             raise ValueError("merge: the adapter has been removed; use lora_func.merge")
         merged = {place: getattr(*place).detach().clone() for place in self._places if merge}
-        self._refuse_untying(merged)
+        self._check_tied(merged)
         for (module, name), order in reversed(self._places.items()):
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            own = module._parameters
+            own = parameters_of(module)
             own.update({kept: own.pop(kept) for kept in order if kept in own})
         with torch.no_grad():
             for (module, name), tensor in merged.items():
@@ -65,7 +68,7 @@ class Attached:
         self._places.clear()
         self._required_grad.clear()
 
-    def _refuse_untying(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+    def _check_tied(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
         originals: dict[int, Tensor] = {}
         for place, tensor in merged.items():
             if not torch.equal(originals.setdefault(id(_original(*place)), tensor), tensor):
@@ -74,7 +77,7 @@ class Attached:
                     "cannot hold; use lora_func.merge(model, params, tied='untie')"
                 )
         for path, module in self.model.named_modules():
-            for name, parameter in module._parameters.items():
+            for name, parameter in parameters_of(module).items():
                 inside = isinstance(module, parametrize.ParametrizationList)
                 if id(parameter) in originals and not inside:
                     raise ValueError(
@@ -101,7 +104,7 @@ class _Leaves(nn.Module):
                 self.register_parameter(name, nn.Parameter(leaf))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
 
 class _View(nn.Module):
@@ -112,7 +115,7 @@ class _View(nn.Module):
         self.leaves = leaves
         self.site = site
         self.name = name
-        self.around = (module,)  # in a tuple it is not taken for a part of this one
+        self.around = (module,)  # in a tuple, so that it is not registered as a child
 
 
 class _Trained(_View):
@@ -126,14 +129,14 @@ class _Weight(_View):
         """Return the adapted weight."""
         (module,), own = self.around, {self.name: tensor}
         W = matrix(module, own, self.name)
-        weight = new_weight(self.site, W, self.leaves.tensors())
-        return stored(module, own, self.name, weight)
+        weight = adapted_weight(self.site, W, self.leaves.tensors())
+        return restore_layout(module, own, self.name, weight)
 
 
 class _Bias(_View):
     def forward(self, tensor: Tensor) -> Tensor:
         """Return the adapted bias."""
-        bias = new_bias(self.site, tensor, self.leaves.tensors(), tensor.ndim == 2)
+        bias = adapted_bias(self.site, tensor, self.leaves.tensors(), tensor.ndim == 2)
         assert bias is not None
         return bias.to(tensor.dtype)
 
@@ -141,24 +144,25 @@ class _Bias(_View):
 def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     """Register an adapter as parametrizations of a live model.
 
-    Its trained leaves become parameters of the model, which any optimizer, trainer or wrapper then
-    finds; the model's own are frozen until it is removed. Each adapted weight is calculated when it
-    is read; ``torch.nn.utils.parametrize.cached()`` remembers it, for example in ``generate``.
+    The trained leaves become parameters of the model, which any optimizer, trainer or wrapper then
+    finds. The model's own parameters are frozen until the adapter is removed. Each adapted weight
+    is computed when it is read; ``torch.nn.utils.parametrize.cached()`` keeps it, for example in
+    ``generate``.
 
     Args:
         model: The model.
         params: The adapter; it is copied.
 
     Returns:
-        The handle: ``params()`` is the adapter as it is now, ``remove()`` takes it out again. In a
-        ``with`` block it is removed at the end.
+        The handle: ``params()`` gives the current adapter, ``remove()`` removes it. A ``with``
+        block removes it at the end.
 
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
-        TypeError: If a variant has no weight, or a layer's weight is quantised or computed; such an
-            adapter runs in a block of ``adapted``.
+        TypeError: If a variant has no weight, or a layer's weight is quantised or computed; use a
+            block of ``adapted`` then.
         ValueError: If two variants name one module, a leaf is missing, unknown or of another shape,
-            it is a stack, or the model has an adapter attached.
+            params is a stack, or the model has an adapter attached.
         BusyModelError: If the model is running with an adapter.
 
     Example:
@@ -171,27 +175,27 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
         ['0.lora.A', '0.lora.B', '0.lora._scale']
     """
     model = uncompiled(model)
-    refuse_running(model, "attach when it is not")
+    check_idle(model, "attach when it is not")
     if any(isinstance(module, _View) for module in model.modules()):
         raise ValueError("model: has an adapter attached; remove that first")
-    if refuse_other_leaves(params, model):
-        raise ValueError("params: is a stack; attach takes one adapter")
-    plan = plan_of(model, params)
+    layout = check_single(params, model)
     copies = {key: leaf.detach().clone() for key, leaf in params.items()}
     places, handle = shared_parameters(model), Attached(model)
     views: list[tuple[nn.Module, str, _View]] = []
-    for site in plan.sites:
+    for site in layout.sites:
         leaves = _Leaves({leaf: copies[key] for leaf, key in site.keys.items()})
         handle._leaves |= {key: (leaves, leaf) for leaf, key in site.keys.items()}
         for module, name, view in _views(site, leaves):
             here = [(module, name)]
-            everywhere = places.get(id(module._parameters[name]), here) if site.everywhere else here
+            everywhere = (
+                places.get(id(parameters_of(module)[name]), here) if site.everywhere else here
+            )
             views += [(*place, view) for place in everywhere]
     handle._leaves = {key: handle._leaves[key] for key in params}
     try:
         model.requires_grad_(False)
         for module, name, view in views:
-            order = [*module._parameters]
+            order = [*parameters_of(module)]
             parametrize.register_parametrization(module, name, view, unsafe=True)
             handle._places[module, name] = order
     except BaseException:
@@ -201,13 +205,12 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
 
 
 def _views(site: Site, leaves: _Leaves) -> Iterator[tuple[nn.Module, str, _View]]:
-    module = site.module()
-    assert module is not None
+    module = site.module
     if site.variant.parameters is not None:
         yield from ((module, name, _Trained(site, module, name, leaves)) for name in site.keys)
         return
     weight_view(site)
-    name, own = site.parameter or "weight", module._parameters
+    name, own = site.parameter or "weight", parameters_of(module)
     weight = own.get(name)
     if weight is None or is_packed(weight):
         raise TypeError(
@@ -217,12 +220,12 @@ def _views(site: Site, leaves: _Leaves) -> Iterator[tuple[nn.Module, str, _View]
     W = matrix(module, own, name)
     yield module, name, _Weight(site, module, name, leaves)
     with torch.no_grad():
-        bias = new_bias(site, W.bias, leaves.tensors(), is_stack(W))
+        bias = adapted_bias(site, W.bias, leaves.tensors(), is_stack(W))
     if bias is not None:
-        beside = place_for_bias(site, own, name)
+        beside = name_for_bias(site, own, name)
         if own[beside] is None:
             raise TypeError(
-                f"{site.path}: {site.variant.name} gives it a bias, which it has not; run the "
+                f"{site.path}: {site.variant.name} adds a bias, and the layer has none; run the "
                 "model in a block of `with adapted(model, params)`"
             )
         yield module, beside, _Bias(site, module, beside, leaves)

@@ -1,4 +1,4 @@
-"""The state dict of a model that has the adapter for its own weights."""
+"""The state dict of a model whose own weights do what the adapter does."""
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -7,39 +7,38 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_func.modules import uncompiled
-from lora_func.runtime._frozen import frozen_parameters, refuse_unused, shared_parameters
-from lora_func.runtime._layout import Site, plan_of
-from lora_func.runtime._replacements import Replacement, replacements
-from lora_func.weights._bitsandbytes import is_quantised
-from lora_func.weights._layers import affine, dense
+from lora_func.checks import check_choice
+from lora_func.compat import uncompiled
+from lora_func.modules import original_parameters, shared_parameters
+from lora_func.runtime import Replacement, Site, check_used, layout_of, replacements
+from lora_func.weights import affine, dense, is_quantised
 
 
 def merge(
     model: nn.Module, params: Mapping[str, Tensor], *, tied: Literal["error", "untie"] = "error"
 ) -> dict[str, Tensor]:
-    """Compute the state dict of a model that does without the adapter what this one does with it.
+    """Compute the state dict with which the model does what it does with the adapter.
 
-    A quantised model gives floating-point weights, all of them dequantised, for the dense model of
-    the same architecture: nothing is merged into quantised storage. They are the quantised ones, on
-    which the adapter was trained, not those of the checkpoint before it was quantised.
+    A quantised model gives dequantised floating-point weights, for the dense model of the same
+    architecture: nothing is merged into quantised storage. These are the weights on which the
+    adapter was trained, not those of the checkpoint before quantisation.
 
     Args:
         model: The model; only read.
         params: The adapter.
-        tied: What to do where an adapter changes one place of a tied weight: refuse it, or "untie",
-            after which the places differ and the model must be told to load them so.
+        tied: What to do if an adapter changes one place of a tied weight: "error", or "untie".
+            After "untie" the places differ, and the model must load them untied.
 
     Returns:
-        New tensors under the names of ``model.state_dict()``; for a bias that the layer had not,
-        one more. Names that share a tensor in the model share one here.
+        New tensors under the names of ``model.state_dict()``, and one more for each new bias. Names
+        that share a tensor in the model share one here.
 
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
-        TypeError: If a variant has no weight, being not linear in x, or a weight is computed when
-            it is read.
+        TypeError: If a variant has no weight, because it is not linear in x, or a weight is
+            computed when it is read.
         ValueError: If a tied weight would be untied or is adapted at two places, two variants name
-            one module, or a leaf has not its parameter's shape.
+            one module, or a leaf has another shape than its parameter.
         UnusedLeafError: If a variant has no such leaf.
 
     Example:
@@ -49,17 +48,16 @@ def merge(
         >>> model.load_state_dict(lf.merge(model, params))
         <All keys matched successfully>
     """
-    if tied not in ("error", "untie"):
-        raise ValueError(f"tied: got {tied!r}, expected 'error' or 'untie'")
+    check_choice("tied", tied, ("error", "untie"))
     model = uncompiled(model)
     with torch.no_grad():
-        sites = plan_of(model, params).sites
-        _refuse_meeting(sites)
+        sites = layout_of(model, params).sites
+        _check_tied_sites(sites)
         changed = replacements(model, sites, params)
         read = {key for _, _, reads in changed for keys in reads.values() for key in keys}
-        refuse_unused([{*params} - read])
+        check_used([{*params} - read])
         if tied == "error":
-            _refuse_untying(model, changed)
+            _check_tied(model, changed)
         state = _dense_state(model)
         names = _names(model)
         copies = {id(tensor): tensor.clone() for _, new, _ in changed for tensor in new.values()}
@@ -69,20 +67,18 @@ def merge(
     return state
 
 
-def _refuse_meeting(sites: Iterable[Site]) -> None:
-    """Refuse two adapters of a tied parameter: one at every place of it, one at one of them."""
+def _check_tied_sites(sites: Iterable[Site]) -> None:
+    """Check that no parameter has one adapter at all its places and another at one place."""
     owners: dict[int, Site] = {}
     for site in sites:
-        module = site.module()
-        assert module is not None
-        own = frozen_parameters(module)
+        own = original_parameters(site.module)
         trained = site.variant.parameters is not None
         for name in site.keys if trained else [site.parameter or "weight"]:
             other = owners.setdefault(id(own.get(name)), site)
             if other is not site and (site.everywhere or other.everywhere):
                 raise ValueError(
                     f"{site.path}: adapts the parameter that {other.path!r} adapts, which is tied "
-                    "to it; a state dict has no name for the two"
+                    "to it; a state dict cannot hold both"
                 )
 
 
@@ -90,7 +86,7 @@ def _names(model: nn.Module) -> dict[tuple[int, str], list[str]]:
     """The names in the state dict of each module's parameters."""
     names: dict[tuple[int, str], list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name in frozen_parameters(module):
+        for name in original_parameters(module):
             names.setdefault((id(module), name), []).append(f"{path}.{name}" if path else name)
     return names
 
@@ -112,12 +108,12 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _refuse_untying(model: nn.Module, changed: Iterable[Replacement]) -> None:
+def _check_tied(model: nn.Module, changed: Iterable[Replacement]) -> None:
     places, names = shared_parameters(model), _names(model)
     moved = {(id(module), name) for module, new, _ in changed for name in new}
     for module, new, _ in changed:
         for name in new:
-            parameter = frozen_parameters(module)[name]
+            parameter = original_parameters(module)[name]
             for other, alias in places.get(id(parameter), ()):
                 if (id(other), alias) not in moved:
                     mine, theirs = names[id(module), name][0], names[id(other), alias][0]

@@ -1,4 +1,4 @@
-"""Adapters in files: the dict as it is."""
+"""Adapters in files: the dict and nothing else."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter._keys import group, parse
-from lora_func.adapter._schema import refuse_other_leaves
+from lora_func.adapter import as_trainable, check_leaves, group
+from lora_func.compat import uncompiled
 from lora_func.configs import AdapterConfig
 from lora_func.errors import AdapterFileError
 from lora_func.files._container import Content, read, write
 from lora_func.files._fingerprint import differences, fingerprint
+from lora_func.runtime import layout_of
 from lora_func.variant import Params, rank_of
 from lora_func.variants import by_name
 
-ADAPTER = "adapter"
+_KIND = "adapter"
 
 
 def save(
@@ -32,23 +33,24 @@ def save(
 ) -> None:
     """Write an adapter, or a stack, into a safetensors file.
 
-    The file is written beside, read again and compared before it takes its place: whenever the
-    process dies, the old file or the new one stands there.
+    ``save`` checks every leaf: its shape must match its variant, it must hold data, and it must be
+    finite (unless ``allow_nonfinite=True``). The new file is written beside the old one, read
+    again, compared and renamed. If the process dies at any moment, one of the two remains.
 
     Args:
         params: The adapter or the stack.
-        path: Where; its folder must exist.
-        model: The model it belongs to, whose weights ``load`` then knows again by their shapes,
-            dtypes and a sample of their values.
-        cfg: What it was made from, to be remembered.
-        metadata: What else is to be remembered, as text.
-        allow_nonfinite: Whether NaN and infinity may be written.
+        path: The path of the file; its folder must exist.
+        model: The model it belongs to. ``load`` then recognises its adapted weights by their
+            shapes, dtypes and a sample of their values.
+        cfg: The config or configs, kept in the file.
+        metadata: More text to keep in the file, by name.
+        allow_nonfinite: Whether NaN and infinity are allowed.
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is no floating-point tensor, or metadata is no text.
-        ValueError: If there is no leaf, one is missing, unknown, empty, without data or not finite,
-            or a shape does not fit.
+        TypeError: If a leaf is not a floating-point tensor, or metadata is not text.
+        ValueError: If there is no leaf, a leaf is missing, unknown, empty, without data or not
+            finite, or a shape does not fit.
         OSError: If the file cannot be written.
 
     Example:
@@ -63,7 +65,7 @@ def save(
     facts = facts_of(params, model, allow_nonfinite) | {
         "configs": [{"config": type(one).__name__, **asdict(one)} for one in configs]
     }
-    write(Path(path), Content(ADAPTER, params, facts, metadata or {}))
+    write(Path(path), Content(_KIND, params, facts, metadata or {}))
 
 
 def load(
@@ -72,45 +74,64 @@ def load(
     model: nn.Module | None = None,
     device: str | torch.device | None = None,
 ) -> Params:
-    """Read an adapter, or a stack, that ``save`` has written.
+    """Read an adapter, or a stack, that ``save`` wrote.
 
     Args:
-        path: Where.
-        model: The model it is for; refused if its weights are not those that it was saved with.
-        device: Where to put the leaves; on the CPU if not said.
+        path: The path of the file.
+        model: The model it is for. The file is refused if it was saved with other weights.
+        device: The device of the leaves; None means the CPU.
 
     Returns:
         The dict, bit for bit; trained leaves require grad.
 
     Raises:
         FileNotFoundError: If there is no file.
-        AdapterFileError: If it is another file, of another format or damaged, or does not fit its
+        AdapterFileError: If the file is of another kind or format, is damaged, or does not fit its
             variants or the model.
     """
-    content = read(Path(path), ADAPTER)
-    refuse_unfitting(path, content.tensors, content.facts, model)
-    return trainable(content.tensors, device)
+    content = read_adapter(path, model)
+    return as_trainable(content.tensors, device)
 
 
-def refuse_unfitting(
+def read_adapter(path: str | PathLike[str], model: nn.Module | None = None) -> Content:
+    """Read the content of an adapter's file, and check it.
+
+    Args:
+        path: The path of the file.
+        model: The model, if there is one to compare with.
+
+    Returns:
+        The content.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        AdapterFileError: If the file is of another kind or format, is damaged, or does not fit its
+            variants or the model.
+    """
+    content = read(Path(path), _KIND)
+    check_content(path, content.tensors, content.facts, model)
+    return content
+
+
+def check_content(
     path: str | PathLike[str],
     leaves: Mapping[str, Tensor],
     facts: Mapping[str, Any],
     model: nn.Module | None,
 ) -> None:
-    """Refuse what a file holds, if it is not what its variants say, or made for another model.
+    """Check what a file holds against its variants and a model.
 
     Args:
-        path: Of the file, for messages.
+        path: The path of the file, for messages.
         leaves: An adapter or a stack.
-        facts: What ``facts_of`` said of it.
+        facts: What ``facts_of`` said about it.
         model: The model, if there is one to compare with.
 
     Raises:
         AdapterFileError: If it does not fit.
     """
     try:
-        refuse_other_leaves(leaves, model)
+        _check(leaves, model)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: {error.args[0]}") from error
     if model is not None and facts["base"] is not None:
@@ -123,45 +144,31 @@ def refuse_unfitting(
             )
 
 
-def trainable(leaves: Mapping[str, Tensor], device: str | torch.device | None = None) -> Params:
-    """Return leaves as ``init`` would: on a device, trained ones requiring grad.
-
-    Args:
-        leaves: The leaves; they become the adapter's.
-        device: Where to put them; as they are if not said.
-    """
-    with torch.inference_mode(False):
-        return {
-            key: leaf.to(device).requires_grad_(not parse(key).is_constant)
-            for key, leaf in leaves.items()
-        }
-
-
 def facts_of(
     params: Mapping[str, Tensor], model: nn.Module | None, allow_nonfinite: bool
 ) -> dict[str, Any]:
-    """Check an adapter that is to be written, and say what the file is to say of it.
+    """Check an adapter before it is written, and collect what the file says about it.
 
     Args:
         params: The adapter or the stack.
-        model: The model, if it is to be known again.
-        allow_nonfinite: Whether NaN and infinity may be written.
+        model: The model, if the file shall recognise it.
+        allow_nonfinite: Whether NaN and infinity are allowed.
 
     Returns:
         JSON.
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is no floating-point tensor.
-        ValueError: If it is not what its variants say, has no data, or is not finite.
+        TypeError: If a leaf is not a floating-point tensor.
+        ValueError: If a leaf does not fit its variant, has no data, or is not finite.
     """
-    refuse_other_leaves(params, model)
-    _refuse_unsavable(params, allow_nonfinite)
+    _check(params, model)
+    _check_data(params, allow_nonfinite)
     base = None if model is None else fingerprint(model, params)
     return {"variants": _variants(params), "base": base}
 
 
-def _refuse_unsavable(params: Mapping[str, Tensor], allow_nonfinite: bool) -> None:
+def _check_data(params: Mapping[str, Tensor], allow_nonfinite: bool) -> None:
     for key, leaf in params.items():
         if leaf.is_meta or not leaf.numel():
             raise ValueError(f"{key}: has no data, shape {tuple(leaf.shape)} on {leaf.device}")
@@ -170,6 +177,13 @@ def _refuse_unsavable(params: Mapping[str, Tensor], allow_nonfinite: bool) -> No
             raise ValueError(
                 f"{key}: holds NaN or infinity; pass allow_nonfinite=True to save it all the same"
             )
+
+
+def _check(params: Mapping[str, Tensor], model: nn.Module | None) -> None:
+    check_leaves(params)
+    if model is not None:
+        layout_of(uncompiled(model), params)
+        check_leaves(params, model)
 
 
 def _variants(params: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Files of tensors, whole or not there: written beside, verified, renamed; read strictly."""
+"""Files of tensors: written beside the old file, verified and renamed; read strictly."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +13,21 @@ import torch
 from torch import Tensor
 
 from lora_func.errors import AdapterFileError
+from lora_func.version import __version__
 
 FORMAT = 1
-OURS = "lora_func"
-"""The entry of a file's metadata that is ours: JSON."""
+ENTRY = "lora_func"
+"""The entry of a file's metadata that this library writes: JSON."""
 
 
 class Content(NamedTuple):
     """What a file holds.
 
     Attributes:
-        kind: What it is a file of.
+        kind: The kind of content: "adapter".
         tensors: Its tensors, on the CPU.
-        facts: What we say of them, as far as JSON knows it.
-        metadata: What the user says; text by name.
+        facts: What the library says about the tensors, as JSON.
+        metadata: What the user says, text by name.
     """
 
     kind: str
@@ -37,44 +37,46 @@ class Content(NamedTuple):
 
 
 def write(path: Path, content: Content) -> None:
-    """Write a file, such that whenever the process dies the old file or the new one stands there.
+    """Write a file. If the process dies at any moment, the old file or the new one remains.
 
     Args:
-        path: Where.
-        content: What.
+        path: The path of the file.
+        content: Its content.
 
     Raises:
-        TypeError: If the metadata is no text, or JSON does not know a fact.
-        ValueError: If a name in it is taken.
-        OSError: If the file cannot be written, or holds something else when it is read again.
+        TypeError: If the metadata is not text, or a fact is not JSON.
+        ValueError: If a name in the metadata is reserved.
+        OSError: If the file cannot be written, or differs when it is read again.
     """
     from safetensors.torch import save
 
     for name, value in content.metadata.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise TypeError(f"metadata: got {name!r}: {value!r}, expected text by name")
-        if name in (OURS, "format"):
+        if name in (ENTRY, "format"):
             raise ValueError(f"metadata: the name {name!r} is taken; choose another")
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in content.tensors.items()
     }
-    # as it will be read
+    # the facts as they will be read
     facts = json.loads(json.dumps(content.facts))
     content = content._replace(tensors=tensors, facts=facts)
-    ours = {
+    entry = {
         "format": FORMAT,
-        "version": version("lora_func"),
+        "version": __version__,
         "kind": content.kind,
         "names": [*tensors],
         "crc32": _checksum(content),
         "facts": facts,
     }
-    written = save(tensors, {**content.metadata, OURS: json.dumps(ours)})
+    written = save(tensors, {**content.metadata, ENTRY: json.dumps(entry)})
 
     def verify(beside: Path) -> None:
         again = read(beside, content.kind).tensors
-        if any(not torch.equal(bits(again[name]), bits(tensors[name])) for name in tensors):
+        if any(
+            not torch.equal(byte_view(again[name]), byte_view(tensors[name])) for name in tensors
+        ):
             raise OSError(f"{path}: what was written is not what is read; nothing was replaced")
 
     replace_file(path, written, verify)
@@ -83,17 +85,18 @@ def write(path: Path, content: Content) -> None:
 def replace_file(
     path: Path, written: bytes, verify: Callable[[Path], None] = lambda beside: None
 ) -> None:
-    """Write a file beside another, and put it in its place.
+    """Write a file beside an old one, and replace the old one.
 
     Args:
         path: The file.
-        written: What it is to hold.
-        verify: Called with the new file before it takes its place; raises if it may not.
+        written: Its new content.
+        verify: Called with the path of the new file before it replaces the old one; raises to
+            refuse it.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    path = Path(os.path.realpath(path))  # what a link leads to, not the link
+    path = Path(os.path.realpath(path))  # the target of a link, not the link
     if path.is_dir():
         raise OSError(f"{path}: is a folder; give the path of a file")
     beside = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
@@ -116,15 +119,15 @@ def read(path: Path, kind: str) -> Content:
     """Read a file that ``write`` has written.
 
     Args:
-        path: Where.
-        kind: What it is to be a file of.
+        path: The path of the file.
+        kind: The expected kind of content.
 
     Returns:
-        What it holds, in memory of its own.
+        Its content, in new memory.
 
     Raises:
-        FileNotFoundError: If there is none.
-        AdapterFileError: If it is another file, of another format, or broken.
+        FileNotFoundError: If there is no file.
+        AdapterFileError: If the file is of another kind or format, or is damaged.
     """
     from safetensors import safe_open
 
@@ -138,23 +141,23 @@ def read(path: Path, kind: str) -> Content:
             metadata = dict(file.metadata() or {})
             # copies: in a mapped file tensors are not aligned, and kernels may round differently
             found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # whatever a parser makes of a file that is none
+    except Exception as error:  # a parser may raise anything on a damaged file
         raise AdapterFileError(f"{path}: {_guess(path)} ({error})") from error
-    if OURS not in metadata:
+    if ENTRY not in metadata:
         raise AdapterFileError(
             f"{path}: a safetensors file that lora_func has not written; load its tensors with "
             "safetensors.torch.load_file, or a PEFT checkpoint with lora_func.peft.from_peft"
         )
     try:
-        ours = json.loads(metadata.pop(OURS))
-        kept = tuple(ours[name] for name in ("format", "kind", "names", "crc32", "facts"))
+        entry = json.loads(metadata.pop(ENTRY))
+        kept = tuple(entry[name] for name in ("format", "kind", "names", "crc32", "facts"))
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(f"{path}: its metadata are broken ({error!r})") from error
     its_format, its_kind, names, checksum, facts = kept
     if its_format != FORMAT:
         raise AdapterFileError(
             f"{path}: has format version {its_format!r}, this release reads {FORMAT}; lora_func "
-            f"{ours.get('version')} has written it"
+            f"{entry.get('version')} has written it"
         )
     if its_kind != kind:
         raise AdapterFileError(f"{path}: is a file of {its_kind!r}, expected {kind!r}")
@@ -169,12 +172,12 @@ def _checksum(content: Content) -> int:
     said = [content.kind, content.facts, {**content.metadata}, about]
     checksum = zlib.crc32(json.dumps(said, sort_keys=True).encode())
     for tensor in content.tensors.values():
-        checksum = zlib.crc32(bits(tensor).numpy().data, checksum)
+        checksum = zlib.crc32(byte_view(tensor).numpy().data, checksum)
     return checksum
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """Return a tensor's memory, byte by byte."""
+def byte_view(tensor: Tensor) -> Tensor:
+    """Return a tensor's memory as bytes."""
     return tensor.reshape(-1).view(torch.uint8)
 
 

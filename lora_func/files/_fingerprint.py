@@ -1,4 +1,4 @@
-"""By what an adapter's file knows the base that it belongs to."""
+"""How an adapter's file recognises the base that it belongs to."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.modules import uncompiled
-from lora_func.runtime._frozen import frozen_parameters
-from lora_func.runtime._layout import Site, plan_of
-from lora_func.weights._bitsandbytes import is_quantised, packed
+from lora_func.compat import uncompiled
+from lora_func.modules import original_parameters
+from lora_func.runtime import Site, layout_of
+from lora_func.weights import is_quantised, packed
 
 _SAMPLES = 64
 
@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, lis
         ValueError: If a weight has no data.
     """
     found: dict[str, list[Any]] = {}
-    for site in plan_of(uncompiled(model), params).sites:
+    for site in layout_of(uncompiled(model), params).sites:
         for name, shape, kind, tensor in _weights(site):
             if tensor.is_meta:
                 raise ValueError(f"{site.path}: its weight has no data yet; load the model first")
@@ -40,19 +40,19 @@ def fingerprint(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, lis
     return found
 
 
-def differences(ours: Mapping[str, list[Any]], theirs: Mapping[str, list[Any]]) -> list[str]:
-    """Say in words where two bases differ.
+def differences(model: Mapping[str, list[Any]], file: Mapping[str, list[Any]]) -> list[str]:
+    """Describe where two bases differ.
 
     Args:
-        ours: The fingerprint of one.
-        theirs: The fingerprint of the other.
+        model: The fingerprint of the model.
+        file: The fingerprint in the file.
 
     Returns:
         One line for each parameter that differs.
     """
     lines = []
-    for name in sorted(ours.keys() | theirs.keys()):
-        mine, other = ours.get(name), theirs.get(name)
+    for name in sorted(model.keys() | file.keys()):
+        mine, other = model.get(name), file.get(name)
         if mine is None or other is None:
             lines.append(f"{name}: in {'the file' if mine is None else 'the model'} alone")
         elif mine[:2] != other[:2]:
@@ -64,14 +64,13 @@ def differences(ours: Mapping[str, list[Any]], theirs: Mapping[str, list[Any]]) 
 
 def _weights(site: Site) -> Iterator[tuple[str, torch.Size, str, Tensor]]:
     """Name, shape, dtype and storage of each weight of a site."""
-    module = site.module()
-    assert module is not None
+    module = site.module
     trained = site.variant.parameters is not None
     if is_quantised(module) and not trained:
         W = packed(module, site.path)
         yield "weight", W.shape, W.kind, W.codes
         return
-    own = frozen_parameters(module)
+    own = original_parameters(module)
     for name in [*site.keys] if trained else [site.parameter or "weight"]:
         found = own.get(name)
         weight = getattr(module, name) if found is None else found

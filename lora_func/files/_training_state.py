@@ -1,4 +1,4 @@
-"""Training that was stopped, in a file: adapters, optimizer, step and random states."""
+"""The state of a training run in a file: adapters, optimizer, step and random states."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_func.files._adapters import facts_of, refuse_unfitting, trainable
+from lora_func.adapter import as_trainable
+from lora_func.files._adapters import check_content, facts_of
 from lora_func.files._container import Content, read, write
 from lora_func.variant import Params
 
@@ -18,14 +19,14 @@ _KIND = "training state"
 
 
 class TrainingState(NamedTuple):
-    """What ``load_training_state`` reads.
+    """A training run, as ``load_training_state`` reads it.
 
     Attributes:
         params: The adapter, or a list of them if a list was saved.
-        optimizer: For ``optimizer.load_state_dict``.
-        step: How many steps had been made.
-        extra: What else was saved.
-        random_states: As they were: torch's on the CPU and on each CUDA device, and Python's.
+        optimizer: The argument of ``optimizer.load_state_dict``.
+        step: The number of steps that were made.
+        extra: Other values that were saved.
+        random_states: The random states of torch (CPU and each CUDA device) and of Python.
     """
 
     params: Params | list[Params]
@@ -35,7 +36,7 @@ class TrainingState(NamedTuple):
     random_states: Mapping[str, Any]
 
     def restore_rng(self) -> None:
-        """Put torch's and Python's random states back; others, such as NumPy's, are the user's."""
+        """Restore the random states of torch and Python; NumPy's is not saved."""
         kind, words, gauss = self.random_states["python"]
         random.setstate((kind, tuple(words), gauss))
         torch.set_rng_state(self.random_states["cpu"])
@@ -52,22 +53,22 @@ def save_training_state(
     model: nn.Module | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what training needs to go on as if it had not been stopped, as ``save`` writes.
+    """Write all that a training run needs to continue bit for bit.
 
     Args:
         params: The adapter, or the adapters of a sweep.
         optimizer: The optimizer of their leaves.
-        path: Where; its folder must exist.
-        step: How many steps have been made.
-        model: The model, to be known again.
-        extra: What else is to be remembered, of tensors, numbers, text, lists and dicts: a
-            scheduler's state dict. Tuples come back as lists.
+        path: The path of the file; its folder must exist.
+        step: The number of steps that were made.
+        model: The model, if the file shall recognise it.
+        extra: Other values to keep: tensors, numbers, text, lists and dicts, such as a scheduler's
+            state dict. Tuples come back as lists.
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is no floating-point tensor, or JSON does not know something in extra.
-        ValueError: If an adapter is not what its variants say, or has no data. NaN and infinity are
-            saved: they are a state of training.
+        TypeError: If a leaf is not a floating-point tensor, or a value in extra is not JSON.
+        ValueError: If an adapter does not fit its variants, or has no data. NaN and infinity are
+            saved: training may reach them.
         OSError: If the file cannot be written.
     """
     adapters = [params] if isinstance(params, Mapping) else [*params]
@@ -99,13 +100,13 @@ def load_training_state(
     model: nn.Module | None = None,
     device: str | torch.device | None = None,
 ) -> TrainingState:
-    """Read what ``save_training_state`` has written.
+    """Read what ``save_training_state`` wrote.
 
     Args:
-        path: Where.
-        model: The model it is for; refused if its weights are not those that it was saved with.
-        device: Where to put the leaves; on the CPU if not said. An optimizer puts its state where
-            its leaves are.
+        path: The path of the file.
+        model: The model it is for. The file is refused if it was saved with other weights.
+        device: The device of the leaves; None means the CPU. An optimizer moves its state to the
+            devices of its leaves.
 
     Returns:
         The state. Make the optimizer of ``state.params``, then ``load_state_dict(state.optimizer)``
@@ -113,7 +114,7 @@ def load_training_state(
 
     Raises:
         FileNotFoundError: If there is no file.
-        AdapterFileError: If it is another file, of another format or damaged, or does not fit its
+        AdapterFileError: If the file is of another kind or format, is damaged, or does not fit its
             variants or the model.
 
     Example:
@@ -129,8 +130,8 @@ def load_training_state(
     adapters = []
     for i, of_one in enumerate(facts["adapters"]):
         leaves = _below(tensors, f"params.{i}.")
-        refuse_unfitting(path, leaves, of_one, model)
-        adapters.append(trainable(leaves, device))
+        check_content(path, leaves, of_one, model)
+        adapters.append(as_trainable(leaves, device))
     states: dict[str, Any] = {"cpu": tensors["random.cpu"], "python": facts["python"]}
     if cuda := _below(tensors, "random.cuda."):
         states["cuda"] = [cuda[str(i)] for i in range(len(cuda))]
@@ -144,13 +145,13 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _outside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Move tensors out of a tree of dicts and lists, which leaves what JSON knows."""
+    """Move the tensors of a tree of dicts and lists into a dict; the rest is JSON."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {_TENSOR: name}
     if isinstance(value, Mapping):
         pairs = [[key, _outside(one, f"{name}.{key}", tensors)] for key, one in value.items()]
-        # JSON has text for keys alone
+        # keys of JSON are text
         return dict(pairs) if all(isinstance(key, str) for key in value) else {_PAIRS: pairs}
     if isinstance(value, (list, tuple)):
         return [_outside(one, f"{name}.{i}", tensors) for i, one in enumerate(value)]

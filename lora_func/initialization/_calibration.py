@@ -1,34 +1,43 @@
-"""The calibration pass: the frozen model runs over data while variants look on."""
+"""The calibration pass: the frozen model runs over data, and variants gather statistics."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_func.compat import version_of
 from lora_func.configs import AdapterConfig
 from lora_func.initialization._padding import last_rows, masks_of, real_rows, rows_of
-from lora_func.runtime._batch import LossFn, arguments, result
-from lora_func.runtime._frozen import OtherForward, other_forward
-from lora_func.runtime._patches import Put, Slot
-from lora_func.runtime._running import quiet_slots
-from lora_func.runtime._transforms import has_fast_path, held, settings_now
+from lora_func.runtime import (
+    ForwardOverride,
+    LossFn,
+    Patch,
+    arguments,
+    eval_patches,
+    has_fast_path,
+    override_forward,
+    patched,
+    result,
+    settings_now,
+)
 from lora_func.variant import ObserveFn
-from lora_func.weights._bitsandbytes import is_quantised
+from lora_func.weights import is_quantised
 
-See: TypeAlias = Callable[[str, Tensor, Tensor], Tensor | None]
-"""Called as ``see(site, x, y)`` when a site has run; what it returns replaces y."""
+Watch: TypeAlias = Callable[[str, Tensor, Tensor], Tensor | None]
+"""Called as ``watch(site, x, y)`` after a site has run; its result, if any, replaces y."""
 
 
 class Observer(NamedTuple):
-    """What a site wants to know of the data.
+    """How a site gathers statistics.
 
     Attributes:
-        observe: Adds to its statistics.
+        observe: Adds to the statistics of the site.
         cfg: The config as the user gave it.
     """
 
@@ -44,24 +53,24 @@ def calibrate(
 ) -> dict[str, Any]:
     """Run the frozen model over data, in eval mode, and gather the statistics of each site.
 
-    Nothing is left behind in the model, whatever happens, and no activation is kept from one batch
-    to the next. Sites that see the same tensor share one computation and its result.
+    The model is afterwards what it was, whatever happens. No activation is kept from one batch to
+    the next. Sites with the same input tensor share one computation and its result.
 
     Args:
         model: The model.
-        observers: Site -> what it wants to know, all of one kind of calibration.
+        observers: Site -> its observer, all of one kind of calibration.
         data: Batches as for ``fcall``; for "pairs" tuples (positive, negative) of them.
-        loss_fn: As for ``fcall``, where gradients are asked for.
+        loss_fn: As for ``fcall``, if gradients are needed.
 
     Returns:
         Site -> statistics.
 
     Raises:
-        TypeError: If data is a single batch, a batch is of another kind, or a call gives no loss
-            where one is needed.
+        TypeError: If data is a single batch, a batch has another type, or a call gives no loss
+            and one is needed.
         BusyModelError: If the model is running with an adapter.
-        ValueError: If there is no batch, padding cannot be told, pairs do not match, or a site saw
-            nothing.
+        ValueError: If there is no batch, padding is ambiguous, pairs do not match, or a site saw
+            no data.
     """
     if isinstance(data, (Mapping, Tensor)) or not isinstance(data, Iterable):
         raise TypeError(f"data: got one {type(data).__name__}, expected an iterable of batches")
@@ -74,7 +83,8 @@ def calibrate(
     }
     batches = 0
     eager = torch.compiler.set_stance("force_eager")
-    with held(settings_now(has_fast_path(model))), eager, Put(quiet_slots(model, object())):
+    patches = chain(settings_now(has_fast_path(model)), eval_patches(model, object()))
+    with eager, patched(patches):
         for batch in tqdm(data, "calibrate", unit="batch", disable=None):
             runs[kind](gather, batch)
             gather.forget()
@@ -91,8 +101,8 @@ def calibrate(
 class _Gather:
     """The statistics so far.
 
-    The results for the tensor seen last are remembered: a site that has the same statistics as
-    another and now sees the same tensor gets the same result.
+    The results for the last input tensor are remembered: a site with the same statistics and the
+    same input as another site gets the same result.
     """
 
     def __init__(self, model: nn.Module, observers: Mapping[str, Observer]) -> None:
@@ -104,56 +114,52 @@ class _Gather:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the tensor seen last."""
+        """Forget the last input tensor."""
         self._seen, self._results = (None, 0), {}
 
     def add(self, site: str, x: Tensor, gy: Tensor | None = None) -> None:
-        """Show a site rows of its input, and of the gradient of its output."""
+        """Give a site rows of its input, and of the gradient of its output."""
         observe, cfg = self.observers[site]
         self.statistics[site] = observe(cfg, self.statistics[site], x, gy)
 
     def add_shared(self, site: str, masks: Mapping[str, Tensor], x: Tensor) -> None:
-        """Show a site its input (..., d_in), which other sites may see as well."""
+        """Give a site its input (..., d_in), which other sites may share."""
         seen, version = self._seen
-        if x is not seen or _version(x) != version:
-            self._seen, self._results = (x, _version(x)), {}
+        if x is not seen or version_of(x) != version:
+            self._seen, self._results = (x, version_of(x)), {}
         before = self.statistics[site]
         key = (*map(id, self.observers[site]), id(before))
         if key not in self._results:
             self.add(site, real_rows(x, rows_of(site, masks, x)))
-            # the old statistics too, so that their id stays theirs
+            # the old statistics are kept, so that their id is not used again
             self._results[key] = before, self.statistics[site]
         _, self.statistics[site] = self._results[key]
 
-    def call(self, batch: Any, see: See) -> Any:
-        """Run the model while ``see`` looks at every site."""
+    def call(self, batch: Any, watch: Watch) -> Any:
+        """Run the model, and call ``watch`` at every site."""
         args, kwargs = arguments(batch)
-        with Put(self._slots(see)):
+        with patched(self._patches(watch)):
             return self.model(*args, **kwargs)
 
-    def _slots(self, see: See) -> Iterator[Slot]:
+    def _patches(self, watch: Watch) -> Iterator[Patch]:
         for path, module in self.model.named_modules():
             if path in self.observers:
-                yield other_forward(module, path, _Watching, path, see)
+                yield override_forward(module, path, _WatchedForward, path, watch)
             elif is_quantised(module):
-                yield other_forward(module, path, OtherForward)
+                yield override_forward(module, path, ForwardOverride)
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class _Watching(OtherForward):
+class _WatchedForward(ForwardOverride):
     site: str
-    see: See
+    watch: Watch
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())
         y: Tensor = self.base(x)
         with torch.autocast(x.device.type, enabled=False):
-            replaced = self.see(self.site, x, y)
+            replaced = self.watch(self.site, x, y)
         return y if replaced is None else replaced
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _inputs(gather: _Gather, batch: Any) -> None:
@@ -166,9 +172,9 @@ def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
     seen: list[tuple[str, Tensor, int, Tensor]] = []
 
     def watch(site: str, x: Tensor, y: Tensor) -> Tensor:
-        # of a frozen base nothing requires grad before the first site
+        # with a frozen base nothing requires grad before the first site
         output = y if y.requires_grad else y.detach().requires_grad_()
-        seen.append((site, x.detach(), _version(x), output))
+        seen.append((site, x.detach(), version_of(x), output))
         return output.clone()
 
     with torch.enable_grad():
@@ -183,7 +189,7 @@ def _gradients(loss_fn: LossFn | None, gather: _Gather, batch: Any) -> None:
     gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
     masks = masks_of(gather.model, batch)
     for (site, x, version, _), gradient in zip(seen, gradients, strict=True):
-        if _version(x) != version:
+        if version_of(x) != version:
             raise ValueError(
                 f"{site}: its input was overwritten in place after it ran, so the gradient of its "
                 "weight cannot be formed; leave the site out"

@@ -9,17 +9,27 @@ from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from lora_func.adapter._keys import SHARED, Key
+from lora_func.adapter import SHARED, Key, check_site
+from lora_func.compat import parameters_of, uncompiled
 from lora_func.configs import AdapterConfig
 from lora_func.initialization._calibration import Observer, calibrate
-from lora_func.modules import place_of, uncompiled
-from lora_func.runtime._batch import LossFn
-from lora_func.targeting._targets import Target, find_targets
+from lora_func.modules import find_site
+from lora_func.runtime import LossFn
+from lora_func.targeting import Target, find_targets
 from lora_func.variant import Params, Variant
 from lora_func.variants import by_config
-from lora_func.weights._layers import affine, is_linear, is_stack, matrices, matrix, refuse_computed
+from lora_func.weights import (
+    Affine,
+    affine,
+    check_not_computed,
+    is_linear,
+    is_stack,
+    matrices,
+    matrix,
+)
 
-Plan: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
+Named: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
+"""A config and the sites that it names."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,22 +43,22 @@ def init(
     data: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
 ) -> Params:
-    r"""Make an adapter, with which the model computes what it did without.
+    r"""Make an adapter, with which the model still computes what it did without it.
 
-    A site's leaves depend on the seed, its path, its config, its weight and the data, and on
-    nothing else: neither on what else is targeted, nor on the device, nor on the global random
-    state, which is left alone. What all sites share (VeRA's projections, EVA's ranks) depends on
-    all of them.
+    A site's leaves depend only on the seed, its path, its config, its weight and the data. They do
+    not depend on the other sites, the device or the global random state, which does not change.
+    Only what all sites share (projections under ``*``, ranks shared out over sites) depends on all
+    of them.
 
     Args:
         model: The frozen model; only read.
-        cfg: What to adapt and how. Several configs must name different sites.
+        cfg: The config, or several configs that name different sites.
         seed: Any integer.
-        dtype: Of the trained leaves. Keep float32 on a half-precision model, or small updates are
-            lost to rounding.
-        data: Calibration batches, as for ``fcall``, for configs that take them; for ``SSteer``
-            pairs (positive, negative) of batches. The model runs over them once, in eval mode;
-            padding is left out by ``attention_mask``.
+        dtype: Dtype of the trained leaves. Keep float32 on a half-precision model: small updates
+            would be lost to rounding.
+        data: Calibration batches, as for ``fcall``, for configs that take them; pairs (positive,
+            negative) of batches for configs that compare. The model runs over them once, in
+            eval mode; ``attention_mask`` leaves out padding.
         loss_fn: As for ``fcall``, for configs that learn from gradients.
 
     Returns:
@@ -56,11 +66,12 @@ def init(
         leaves require grad, constants (``_``) do not.
 
     Raises:
-        TypeError: If an argument is of another kind, cfg is no config of a registered variant, or a
+        TypeError: If an argument has another type, cfg is no config of a registered variant, or a
             pattern names a layer that cannot be adapted.
         ValueError: If a pattern matches nothing, two configs name one site, a number does not fit a
-            site's shape, a weight has no data yet, dtype cannot hold a parameter that ``Full``
-            copies, or there is no calibration data, too little of it, or nobody who takes it.
+            site's shape, a weight has no data yet, dtype cannot hold a copied parameter, a variant
+            makes leaves that do not fit its own axes, or calibration data is missing, too small, or
+            taken by no config.
         BusyModelError: If there is data and the model is running with an adapter.
 
     Example:
@@ -92,11 +103,11 @@ def _make(
     data: Iterable[Any] | None,
     loss_fn: LossFn | None,
 ) -> Params:
-    plans = [(config, find_targets(model, config).sites) for config in configs]
-    _refuse_overlaps(plans)
-    stats = {} if data is None else _statistics(model, plans, data, loss_fn)
+    named = [(config, find_targets(model, config).sites) for config in configs]
+    _check_overlaps(named)
+    stats = {} if data is None else _statistics(model, named, data, loss_fn)
     params: Params = {}
-    for config, targets in plans:
+    for config, targets in named:
         variant = by_config(config)
         weights = {target.site: _frozen(model, target) for target in targets}
         for key, leaf in _leaves(weights, config, variant, seed, stats, dtype).items():
@@ -109,11 +120,11 @@ def _make(
 
 
 def _statistics(
-    model: nn.Module, plans: Sequence[Plan], data: Iterable[Any], loss_fn: LossFn | None
+    model: nn.Module, named: Sequence[Named], data: Iterable[Any], loss_fn: LossFn | None
 ) -> dict[str, Any]:
     takers = [
         (config, targets, observe)
-        for config, targets in plans
+        for config, targets in named
         if config.calibration is not None and (observe := by_config(config).observe) is not None
     ]
     kinds = {type(config).__name__: config.calibration for config, _, _ in takers}
@@ -124,7 +135,7 @@ def _statistics(
         )
     for _, targets, _ in takers:
         for target in targets:
-            _refuse_unobservable(model, target.site)
+            _check_observable(model, target.site)
     observers = {
         target.site: Observer(observe, config)
         for config, targets, observe in takers
@@ -133,8 +144,8 @@ def _statistics(
     return calibrate(model, observers, data, loss_fn)
 
 
-def _refuse_unobservable(model: nn.Module, site: str) -> None:
-    module, parameter = place_of(model, site)
+def _check_observable(model: nn.Module, site: str) -> None:
+    module, parameter = find_site(model, site)
     if parameter is not None or not is_linear(module):
         raise TypeError(
             f"{site}: data is gathered at the inputs of linear layers, this is a "
@@ -151,6 +162,7 @@ def _leaves(
     dtype: torch.dtype,
 ) -> dict[Key, Tensor]:
     leaves: dict[Key, Tensor] = {}
+    shared_leaves: Mapping[str, Tensor] = {}
 
     def add(site: str, made: Sequence[Mapping[str, Tensor]], W: Any) -> None:
         for name in made[0]:
@@ -163,6 +175,7 @@ def _leaves(
         singles = {site: matrices(W)[0] for site, W in weights.items()}
         with torch.device("cpu"):
             made = variant.shared(singles, cfg, _generator(seed, SHARED, variant.name))
+        shared_leaves = made
         add(SHARED, [made], next(iter(weights.values())))
     resolved = {site: (cfg.at(site), stats.get(site)) for site in weights}
     if variant.conclude is not None and stats:
@@ -174,11 +187,24 @@ def _leaves(
         try:
             with torch.device("cpu"):
                 each = [variant.init(one, config, generator, seen) for one in matrices(W)]
+            if variant.parameters is None:
+                _check_made(site, variant, {**shared_leaves, **each[0]}, matrices(W)[0])
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{site}: {variant.name}: {error}") from error
         add(site, each, W)
     return leaves
+
+
+def _check_made(site: str, variant: Variant, made: Mapping[str, Tensor], W: Affine) -> None:
+    """Check the leaves of one site against the axes that the variant names."""
+    shapes = {leaf: tuple(tensor.shape) for leaf, tensor in made.items()}
+    try:
+        check_site("", variant, shapes, set(), W)
+    except ValueError as error:
+        raise ValueError(
+            f"init made leaves that are not what `leaves` of the variant says: {error}"
+        ) from None
 
 
 def _device(W: Any) -> torch.device:
@@ -188,24 +214,24 @@ def _device(W: Any) -> torch.device:
 
 
 def _frozen(model: nn.Module, target: Target) -> Any:
-    module, parameter = place_of(model, target.site)
+    module, parameter = find_site(model, target.site)
     if target.parameters:
         own = {name: getattr(module, name) for name in target.parameters}
         for tensor in own.values():
-            _refuse_without_data(target.site, tensor)
+            _check_data(target.site, tensor)
         return own
     if parameter is None and is_linear(module):
         W = affine(module, target.site)
         if isinstance(W.weight, Tensor):
-            _refuse_without_data(target.site, W.weight)
+            _check_data(target.site, W.weight)
         return W
     name = parameter or "weight"
-    refuse_computed(target.site, module._parameters, name)
-    _refuse_without_data(target.site, getattr(module, name))
-    return matrix(module, module._parameters, name)
+    check_not_computed(target.site, parameters_of(module), name)
+    _check_data(target.site, getattr(module, name))
+    return matrix(module, parameters_of(module), name)
 
 
-def _refuse_without_data(site: str, weight: Tensor) -> None:
+def _check_data(site: str, weight: Tensor) -> None:
     if weight.is_meta or is_lazy(weight):
         raise ValueError(f"{site}: its weight has no data yet; load the model first")
     if not weight.is_floating_point():
@@ -222,11 +248,11 @@ def _generator(seed: int, site: str, variant: str) -> Generator:
 def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Tensor:
     leaf = leaf.detach()
     if not leaf.is_floating_point():
-        return leaf.double()  # torch.func.grad takes no integers
+        return leaf.double()  # torch.func.grad takes floating-point leaves only
     if key.is_constant and leaf.ndim == 0:
         return leaf.to(torch.promote_types(dtype, torch.float32))
     if key.is_constant and leaf.ndim == 1:
-        return leaf.clone()  # small, and a start may be exact only at the precision of init
+        return leaf.clone()  # small; some starts are exact only at the precision of init
     if variant.parameters is not None and torch.promote_types(dtype, leaf.dtype) != dtype:
         raise ValueError(
             f"{key}: dtype={dtype} cannot hold this {leaf.dtype} parameter exactly; "
@@ -235,9 +261,9 @@ def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Ten
     return leaf.to(dtype).contiguous()
 
 
-def _refuse_overlaps(plans: Sequence[Plan]) -> None:
+def _check_overlaps(named: Sequence[Named]) -> None:
     owner: dict[str, AdapterConfig] = {}
-    for config, targets in plans:
+    for config, targets in named:
         for target in targets:
             if target.site in owner:
                 raise ValueError(

@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.runtime._batch import arguments
+from lora_func.runtime import arguments
 
 _NAMES = ("attention_mask", "decoder_attention_mask")
 
 
 def masks_of(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Read the padding masks of a batch, given by name or by position.
+    """Read the padding masks of a batch, which are given by name or by position.
 
     Args:
         model: The model, for the names of its arguments.
         batch: The batch.
 
     Returns:
-        Name -> which tokens are real, boolean, (batch, tokens); nothing if all of them are.
+        Name -> boolean mask of the real tokens, (batch, tokens); empty if all tokens are real.
 
     Raises:
-        ValueError: If a mask has another shape, or only one of an encoder's and a decoder's is
-            there.
+        ValueError: If a mask has another shape, or only one of the masks of an encoder and a
+            decoder is given.
     """
     args, kwargs = arguments(batch)
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else {}
@@ -56,7 +56,7 @@ def rows_of(site: str, masks: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
         x: The input, shape (..., d_in).
 
     Returns:
-        Which rows are real, boolean, of the shape of x without its last axis; None if all are.
+        Boolean mask of the real rows, of the shape of x without its last axis; None if all are.
 
     Raises:
         ValueError: If padding cannot be told from the shapes.
@@ -64,7 +64,7 @@ def rows_of(site: str, masks: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
     rows = tuple(x.shape[:-1])
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
     if not masks or any(rows == shape[:1] for shape in shapes.values()):
-        return None  # nothing is padded, or there is one row for each sequence
+        return None  # no token is padded, or there is one row for each sequence
     flat = len(rows) == 1 and ".experts." not in f".{site}."
     fitting = [
         mask.to(x.device).reshape(rows)

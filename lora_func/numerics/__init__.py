@@ -1,1 +1,50 @@
-"""."""
+"""Mathematics that variants share: low-rank products, SVD, rotations, sparse entries, moments.
+
+Functions here take tensors and frozen weights. What belongs to one method alone stands in its file
+in ``variants``.
+"""
+
+from lora_func.numerics._entries import add_entries, weight_with_entries
+from lora_func.numerics._linalg import (
+    SINGULAR,
+    along_rows,
+    at_least_float32,
+    check_rank,
+    kaiming_uniform,
+    low_rank_difference,
+    low_rank_norm,
+    svd,
+    without_autocast,
+)
+from lora_func.numerics._moments import (
+    Components,
+    Moments,
+    observe_moments,
+    principal_components,
+)
+from lora_func.numerics._products import add_low_rank, scale_output, scaled
+from lora_func.numerics._rotations import cayley, rotate_blocks, skew
+
+__all__ = [
+    "SINGULAR",
+    "Components",
+    "Moments",
+    "add_entries",
+    "add_low_rank",
+    "along_rows",
+    "at_least_float32",
+    "cayley",
+    "check_rank",
+    "kaiming_uniform",
+    "low_rank_difference",
+    "low_rank_norm",
+    "observe_moments",
+    "principal_components",
+    "rotate_blocks",
+    "scale_output",
+    "scaled",
+    "skew",
+    "svd",
+    "weight_with_entries",
+    "without_autocast",
+]

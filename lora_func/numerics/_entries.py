@@ -1,4 +1,4 @@
-"""What a few more entries of a weight do to a layer, with as few matrices as can be."""
+"""A sparse change of a weight, with as few dense matrices as possible."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_func.numerics._products import is_plain, unviewed
-from lora_func.weights._layers import Affine, Weight, linear
+from lora_func.compat import gradient_of_entries, reshape_unsafe
+from lora_func.numerics._products import can_fuse
+from lora_func.weights import Affine, Weight, linear
 
 
-def beside_entries(x: Tensor, W: Weight, values: Tensor, indices: Tensor) -> Tensor:
-    """Compute ``x Wᵀ + b + x Dᵀ`` in the dtype of x, where D is zero but for a few entries.
+def add_entries(x: Tensor, W: Weight, values: Tensor, indices: Tensor) -> Tensor:
+    """Compute ``x Wᵀ + b + x Dᵀ`` in the dtype of x, where D has only a few entries.
 
-    Where autograd alone looks on, no matrix of the size of W is kept for the backward pass, none is
-    made of the gradient in D, and of a stack none at all.
+    If ``can_fuse`` allows it, no matrix of the size of W is kept for the backward pass, the
+    gradient of D is computed entry by entry, and a stack builds no such matrix at all.
 
     Args:
-        x: Shape (..., d_in); (K, n, d_in) for entries with an axis of adapters in front.
+        x: Shape (..., d_in); (K, n, d_in) if the entries have an axis of adapters in front.
         W: The frozen weight, or the weight with its bias.
         values: The entries, shape (nnz,) or (K, nnz).
         indices: Their rows and columns, shape (2, nnz) or (K, 2, nnz).
@@ -28,20 +29,20 @@ def beside_entries(x: Tensor, W: Weight, values: Tensor, indices: Tensor) -> Ten
     """
     weight: Any
     weight, bias = W if isinstance(W, Affine) else (W, None)
-    if x.numel() and is_plain(x, weight, bias):
-        y: Tensor = _BesideEntries.apply(x, weight, bias, values, indices)  # type: ignore[no-untyped-call]
+    if x.numel() and can_fuse(x, weight, bias):
+        y: Tensor = _AddEntries.apply(x, weight, bias, values, indices)  # type: ignore[no-untyped-call]
         return y
     if values.ndim == 1 and isinstance(weight, Tensor) and _is_exact(values, weight):
-        return linear(x, Affine(with_entries(weight, values, indices), bias))
+        return linear(x, Affine(weight_with_entries(weight, values, indices), bias))
     return linear(x, W) + x @ _matrix(values.to(x.dtype), indices, W.shape).mT
 
 
 def _is_exact(values: Tensor, weight: Tensor) -> bool:
-    """Whether ``W + D`` is as precise as D."""
+    """Whether ``W + D`` keeps the precision of D."""
     return torch.promote_types(values.dtype, weight.dtype) == weight.dtype
 
 
-def with_entries(W: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+def weight_with_entries(W: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """Compute ``W + D``.
 
     Args:
@@ -68,13 +69,14 @@ def _places(indices: Tensor, shape: Sequence[int]) -> Tensor:
     return rows * shape[1] + columns
 
 
-class _BesideEntries(torch.autograd.Function):
+class _AddEntries(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, weight, values, indices)
-        return unviewed(_product(x, weight, bias, values, indices), x.shape[:-1])
+        y = _product(x, weight, bias, values, indices)
+        return reshape_unsafe(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,8 +86,8 @@ class _BesideEntries(torch.autograd.Function):
         of_x = of_values = None
         if ctx.needs_input_grad[3]:
             rows, columns = _block_diagonal(indices, weight.shape)
-            of_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                _features(of_y, values), _features(x, values), columns, rows, rows, 0
+            of_values = gradient_of_entries(
+                _features(of_y, values), _features(x, values), rows, columns
             )
             of_values = of_values.view(values.shape).to(values.dtype)
         if ctx.needs_input_grad[0]:
@@ -98,7 +100,7 @@ def _product(
 ) -> Tensor:
     rows = x.flatten(0, -2)
     if values.ndim == 1 and _is_exact(values, weight):
-        return F.linear(rows, with_entries(weight, values, indices), bias)
+        return F.linear(rows, weight_with_entries(weight, values, indices), bias)
     y, values = F.linear(rows, weight, bias), values.to(weight.dtype)
     if values.ndim == 1:
         return y.addmm_(rows, _matrix(values, indices, weight.shape).mT)
@@ -106,13 +108,13 @@ def _product(
 
 
 def _features(x: Tensor, values: Tensor) -> Tensor:
-    """Activations (K, n, d) feature by feature, shape (K d, n)."""
+    """The features of activations (K, n, d) as rows, shape (K d, n)."""
     adapters = values.shape[:-1].numel()
     return x.reshape(adapters, -1, x.shape[-1]).mT.flatten(0, 1).contiguous()
 
 
 def _block_diagonal(indices: Tensor, shape: Sequence[int]) -> Tensor:
-    """The rows and columns, shape (2, K nnz), of a matrix with all adapters' D on its diagonal."""
+    """Rows and columns, shape (2, K nnz), of a matrix with all adapters' D on its diagonal."""
     indices = indices.long()
     if indices.ndim == 2:
         return indices.contiguous()
@@ -122,7 +124,7 @@ def _block_diagonal(indices: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _add_sums(y: Tensor, indices: Tensor, values: Tensor, features: Tensor) -> Tensor:
-    """Add to activations (K n, d) what entries make of features (K d_in, n)."""
+    """Add the products of entries with features (K d_in, n) to activations (K n, d)."""
     order = indices[0].argsort()
     rows, columns = indices[:, order]
     adapters, n = len(values), features.shape[-1]

@@ -1,6 +1,5 @@
-"""Mathematics that several variants share."""
+"""Norms, singular values and random starts."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,14 +8,14 @@ import torch
 from einops import einsum
 from torch import Generator, Tensor
 
-from lora_func.runtime._transforms import autocasts
+from lora_func.compat import autocasts
 
 SINGULAR = {"_U": "d_out r", "_S": "r", "_Vh": "r d_in"}
 """The leaves of a variant that keeps singular triplets of the weight."""
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """Return a tensor in float32 or better, in which small matrices are solved and normalised."""
+    """Return a tensor in float32 or wider, for norms and for solving small matrices."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
@@ -37,7 +36,7 @@ def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
 
 
 def along_rows(leaf: Tensor) -> Tensor:
-    """Lay a leaf (d,), or (K, d) of K adapters, along the rows of activations (..., d)."""
+    """Shape a leaf (d,), or (K, d) of K adapters, to broadcast over activations (..., d)."""
     return leaf if leaf.ndim == 1 else leaf[:, None]
 
 
@@ -53,7 +52,7 @@ def low_rank_norm(A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     return scale.abs() * (of_rows * of_columns).sum((-2, -1)).clamp_min(0).sqrt()
 
 
-def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+def low_rank_difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """Factor ``B A - B0 A0 = (B - B0) A + B0 (A - A0)``, which is exactly 0 at ``A0, B0``.
 
     Args:
@@ -68,8 +67,8 @@ def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Te
     return torch.cat([A, A - A0], -2), torch.cat([B - B0, B0], -1)
 
 
-def refuse_rank_above(r: int, shape: Sequence[int]) -> None:
-    """Refuse a rank that a matrix cannot have.
+def check_rank(r: int, shape: Sequence[int]) -> None:
+    """Check a rank against the smaller side of a matrix.
 
     Raises:
         ValueError: If r exceeds the smaller side.
@@ -90,7 +89,7 @@ def svd(
         r: From 1 to min(d_out, d_in).
         niter: None for the exact decomposition; else the power iterations of the randomised one
             (Halko et al. 2011, https://arxiv.org/abs/0909.4061, alg. 4.4), which samples r columns.
-        generator: Draws the sample.
+        generator: Draws the sample of the randomised decomposition.
 
     Returns:
         U (d_out, r), S (r,) in descending order, Vh (r, d_in). Signs of pairs are arbitrary.
@@ -99,10 +98,10 @@ def svd(
         ValueError: If r exceeds min(d_out, d_in), or W is not finite.
     """
     d_out, d_in = W.shape
-    refuse_rank_above(r, (d_out, d_in))
+    check_rank(r, (d_out, d_in))
     W = at_least_float32(W.detach())
     if not W.isfinite().all():
-        raise ValueError("the weight holds NaN or infinity, and has no singular values")
+        raise ValueError("the weight holds NaN or infinity; it has no singular values")
     if niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return U[:, :r], S[:r], Vh[:r]
@@ -112,52 +111,3 @@ def svd(
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
     return Q @ U, S, Vh
-
-
-def skew(upper: Tensor) -> Tensor:
-    """Build skew-symmetric matrices ``T - Tᵀ`` from their strict upper triangles, row by row.
-
-    Args:
-        upper: Shape (..., b (b - 1) / 2).
-
-    Returns:
-        Shape (..., b, b).
-    """
-    size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
-    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
-    places = (rows * size + columns).expand(upper.shape)
-    flat = upper.new_zeros(*upper.shape[:-1], size * size).scatter(-1, places, upper)
-    T = flat.view(*upper.shape[:-1], size, size)
-    return T - T.mT
-
-
-def cayley(X: Tensor) -> Tensor:
-    """Compute ``E = R - I`` of the rotation ``R = (I - X)⁻¹ (I + X)``, exactly 0 at 0.
-
-    Args:
-        X: Skew-symmetric, shape (..., b, b), float32 or better.
-
-    Returns:
-        Shape (..., b, b).
-    """
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    with without_autocast(X):
-        # not solve, whose backward pass solves again, and whose forward mode has none of its own
-        E: Tensor = 2 * torch.linalg.inv(eye - X) @ X
-    return E
-
-
-def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:
-    """Multiply each block of the last axis by a matrix of its own.
-
-    Args:
-        x: Shape (..., blocks * b); (K, n, blocks * b) with K adapters.
-        E: Shape (blocks, b, b), or (K, blocks, b, b).
-
-    Returns:
-        ``x_block @ E_block``, in the shape and dtype of x.
-    """
-    *adapters, blocks, b, _ = E.shape
-    split = x.reshape(*x.shape[:-1], blocks, b)
-    split = split.reshape(*adapters, -1, blocks, b).transpose(-3, -2)
-    return (split @ E.to(x.dtype)).transpose(-3, -2).reshape(x.shape)

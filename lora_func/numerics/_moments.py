@@ -1,4 +1,4 @@
-"""Running mean and scatter of a site's inputs: what calibration gathers for several variants."""
+"""Running mean and scatter of a site's inputs, which several variants are calibrated on."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ class Moments(NamedTuple):
     """Mean and scatter of the rows seen so far, in float32 or better.
 
     Attributes:
-        tokens: How many rows.
+        tokens: The number of rows.
         mean: Shape (d,).
         scatter: Sum of the outer products of the centred rows, shape (d, d).
     """
@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     scatter: Tensor
 
     def second_moment(self, center: bool) -> Tensor:
-        """Return the sum of outer products of the rows, centred or as they are, shape (d, d)."""
+        """Return the sum of outer products of the rows, centred or not, shape (d, d)."""
         if center:
             return self.scatter
         return self.scatter + self.tokens * torch.outer(self.mean, self.mean)
@@ -32,8 +32,8 @@ class Moments(NamedTuple):
         moment = self.second_moment(center).to(rows)
         return ((rows @ moment) * rows).sum(-1).clamp_min(0).sqrt()
 
-    def require(self, least: int) -> None:
-        """Refuse to decide on too few rows, or on broken ones.
+    def check_enough(self, least: int) -> None:
+        """Check that there are enough rows, and that they are finite.
 
         Raises:
             ValueError: If there are fewer than ``least``, or they are not finite.
@@ -52,7 +52,7 @@ class Components(NamedTuple):
 
     Attributes:
         rows: Orthonormal, by descending variance, shape (k, d_in).
-        explained: The share of the variance that each explains, shape (k,).
+        explained: The share of the variance that each component explains, shape (k,).
     """
 
     rows: Tensor
@@ -64,12 +64,12 @@ def principal_components(moments: Moments, center: bool) -> Components:
 
     Args:
         moments: Of the inputs.
-        center: Whether to take their mean away.
+        center: True to subtract their mean.
 
     Returns:
         d components.
     """
-    # a scatter matrix squares the condition number: float32 would lose all beside an outlier
+    # a scatter matrix squares the condition number: float32 would keep only an outlier
     values, vectors = torch.linalg.eigh(moments.second_moment(center).double())
     values, rows = values.flip(0).clamp_min(0), vectors.mT.flip(0)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
@@ -77,7 +77,7 @@ def principal_components(moments: Moments, center: bool) -> Components:
     return Components(rows * largest.sign(), values / total)
 
 
-def observe(cfg: Any, acc: Moments | None, x: Tensor, gy: object) -> Moments:
+def observe_moments(cfg: Any, acc: Moments | None, x: Tensor, gy: object) -> Moments:
     """Add rows to the moments, by the pairwise update of Chan et al., which does not cancel.
 
     Args:
@@ -87,7 +87,7 @@ def observe(cfg: Any, acc: Moments | None, x: Tensor, gy: object) -> Moments:
         gy: Not used.
 
     Returns:
-        New moments; the old ones are left as they are.
+        New moments; the old ones do not change.
     """
     x = at_least_float32(x)
     n = x.shape[0]

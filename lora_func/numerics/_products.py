@@ -1,57 +1,57 @@
-"""What adapters do to a frozen layer's input and output, in as little memory as it takes."""
+"""Products beside a frozen layer, with as few temporaries of the layer's width as possible."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_func.runtime._transforms import autocasts, transformed
-from lora_func.weights._layers import Affine, Weight, linear
+from lora_func.compat import autocasts, reshape_unsafe, transformed
+from lora_func.weights import Affine, Weight, linear
 
 
-def beside(
+def add_low_rank(
     x: Tensor,
     W: Weight,
     down: Tensor,
     up: Tensor,
-    between: Callable[[Tensor], Tensor] | None = None,
+    bottleneck: Callable[[Tensor], Tensor] | None = None,
     gain: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``x Wᵀ + b + gain * scale * (between(x downᵀ) upᵀ)`` in the dtype of x.
+    """Compute ``x Wᵀ + b + gain * scale * (bottleneck(x downᵀ) upᵀ)`` in the dtype of x.
 
-    Where autograd alone looks on, the second product is added to the first in its own memory, and
-    so are their gradients in x.
+    If ``can_fuse`` allows it, the second product is added to the memory of the first, and so are
+    their gradients with respect to x.
 
     Args:
-        x: Shape (..., d_in); (K, n, d_in) for factors with an axis of adapters in front.
+        x: Shape (..., d_in); (K, n, d_in) if the factors have an axis of adapters in front.
         W: The frozen weight, or the weight with its bias.
         down: Shape (r, d_in), or (K, r, d_in).
         up: Shape (d_out, r), or (K, d_out, r).
-        between: What happens in the narrow place, (..., r) -> (..., r); nothing if left out.
-        gain: Of each output of the second product, shape (d_out,) or (K, 1, d_out); 1 if left out.
-        scale: Of the second product, shape () or (K,); 1 if left out.
+        bottleneck: A function of ``x downᵀ``, (..., r) -> (..., r); None for the identity.
+        gain: A factor for each output of the second product, shape (d_out,) or (K, 1, d_out).
+        scale: A factor of the second product, shape () or (K,).
 
     Returns:
         Shape (..., d_out).
     """
-    if x.dtype.itemsize < 4:  # on the activations it could overflow, and is less precise
+    if x.dtype.itemsize < 4:  # on half-precision activations the scale could overflow
         up, scale = scaled(up, scale), None
     down, up = down.to(x.dtype), up.to(x.dtype)
     weight: Any
     weight, bias = W if isinstance(W, Affine) else (W, None)
-    plain = is_plain(x, weight, bias)
-    if plain and between is None and gain is None:
-        fused: Tensor = _Beside.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
+    fuses = can_fuse(x, weight, bias)
+    if fuses and bottleneck is None and gain is None:
+        fused: Tensor = _AddLowRank.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
         return fused
     up = scaled(up, scale)
-    rows = _rows(x, down) if plain else x
+    rows = _rows(x, down) if fuses else x
     y, h = linear(rows, W), torch.matmul(rows, down.mT)
-    h = h if between is None else between(h).to(h.dtype)
+    h = h if bottleneck is None else bottleneck(h).to(h.dtype)
     gain = None if gain is None else gain.to(y.dtype)
-    if not plain:
+    if not fuses:
         added = h @ up.mT
         return y + added if gain is None else torch.addcmul(y, added, gain)
     y = _add(y, h, up) if gain is None else y.addcmul_(h @ up.mT, gain)
@@ -59,7 +59,7 @@ def beside(
 
 
 def scaled(t: Tensor, scale: Tensor | None) -> Tensor:
-    """Multiply matrices (..., n, m) by a scale each, shape (...), which may be left out."""
+    """Multiply each matrix of (..., n, m) by its scale, shape (...); None leaves them."""
     if scale is None:
         return t
     scale = scale.to(t.dtype)
@@ -74,8 +74,8 @@ def _add(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
     return y.addmm_(h, up.mT) if up.ndim == 2 else y.baddbmm_(h, up.mT)
 
 
-def gained(y: Tensor, gain: Tensor) -> Tensor:
-    """Compute ``gain * y``, as precise as the gain, and exactly y where that is one.
+def scale_output(y: Tensor, gain: Tensor) -> Tensor:
+    """Compute ``gain * y`` with the precision of the gain; a gain of 1 gives exactly y.
 
     Args:
         y: Shape (..., d).
@@ -87,14 +87,14 @@ def gained(y: Tensor, gain: Tensor) -> Tensor:
     if gain.dtype == y.dtype:
         return y * gain
     more = (gain - 1).to(y.dtype)
-    if not _is_alone(y):
+    if not _is_eager(y):
         return torch.addcmul(y, more, y)
-    fused: Tensor = _Gained.apply(y, more)  # type: ignore[no-untyped-call]
+    fused: Tensor = _ScaleOutput.apply(y, more)  # type: ignore[no-untyped-call]
     return fused
 
 
-def _is_alone(x: Tensor) -> bool:
-    """Whether nobody but autograd looks on."""
+def _is_eager(x: Tensor) -> bool:
+    """Whether only autograd records this: no compiler, no transform, no autocast, no subclass."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN
@@ -103,10 +103,11 @@ def _is_alone(x: Tensor) -> bool:
     )
 
 
-def is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
-    """Tell whether autograd alone looks on, at a frozen and dense layer and at rows in a row.
+def can_fuse(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
+    """True if the fused path is allowed.
 
-    There a product may be an autograd function of its own, and write into what it has made.
+    That is eager mode, no torch.func transform, no autocast, a frozen dense weight and a contiguous
+    input. A product may then be an autograd function that writes into its own output.
 
     Args:
         x: The layer's input.
@@ -114,10 +115,10 @@ def is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
         bias: Its bias.
 
     Returns:
-        Whether it is so.
+        Whether the fused path is allowed.
     """
     return (
-        _is_alone(x)
+        _is_eager(x)
         and type(weight) in _PLAIN
         and x.ndim > 1
         and x.is_contiguous()
@@ -130,22 +131,8 @@ def is_plain(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def unviewed(y: Tensor, rows: Sequence[int]) -> Tensor:
-    """Lay out the rows of a Function's output; into a view of it nobody could write.
-
-    Args:
-        y: Shape (n, d).
-        rows: A shape of n rows.
-
-    Returns:
-        Shape (*rows, d), in the memory of y.
-    """
-    laid_out: Tensor = torch.ops.aten._unsafe_view.default(y, (*rows, y.shape[-1]))
-    return laid_out
-
-
-class _Gained(torch.autograd.Function):
-    """``y + more * y``, whose gradient in y is one tensor, and not the sum of two."""
+class _ScaleOutput(torch.autograd.Function):
+    """``y + more * y`` with a single tensor as the gradient of y, in place of a sum of two."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, more: Tensor) -> Tensor:
@@ -158,12 +145,12 @@ class _Gained(torch.autograd.Function):
         if torch.is_grad_enabled():
             return torch.addcmul(gradient, more, gradient), (gradient * y).sum_to_size(more.shape)
         product = gradient * y
-        # of a single row the sum is the product itself
+        # with a single row the sum is the product itself, which is overwritten below
         of_more = product.sum_to_size(more.shape).clone()
         return torch.addcmul(gradient, more, gradient, out=product), of_more
 
 
-class _Beside(torch.autograd.Function):
+class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -179,7 +166,7 @@ class _Beside(torch.autograd.Function):
         ctx.save_for_backward(x, weight, down, up, scale, h)
         y = F.linear(x.flatten(0, -2), weight, bias)
         _add(y.view(*rows.shape[:-1], len(weight)), h.mT, up)
-        return unviewed(y, x.shape[:-1])
+        return reshape_unsafe(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,7 +176,7 @@ class _Beside(torch.autograd.Function):
         of_y = of_y.reshape(*rows.shape[:-1], len(weight))
         of_h = scaled(up.mT @ of_y.mT, scale)
         if ctx.needs_input_grad[4]:
-            # h is no input, and has no derivative of its own
+            # the saved h has no derivative: double backward computes it again
             h = scaled(down @ rows.mT, scale) if torch.is_grad_enabled() else h
             of_up = (h @ of_y).mT
         if ctx.needs_input_grad[3]:

@@ -1,4 +1,7 @@
-"""PEFT's checkpoints: written and read without PEFT."""
+"""PEFT's checkpoints, written and read without PEFT.
+
+The format of a method is the field ``peft`` of its ``Variant``.
+"""
 
 from lora_func.peft._read import from_peft
 from lora_func.peft._write import to_peft

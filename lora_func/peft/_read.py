@@ -10,60 +10,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter._keys import Key, parse
-from lora_func.adapter._schema import refuse_other_leaves, weight_at
+from lora_func.adapter import SHARED, Key, as_trainable, check_leaves, parse
+from lora_func.compat import uncompiled
 from lora_func.errors import AdapterFileError
-from lora_func.files._adapters import trainable
-from lora_func.modules import place_of, uncompiled
-from lora_func.peft._formats import (
-    CONFIG,
-    DEFAULTS,
-    EMBEDDED,
-    FORMATS,
-    HARMLESS,
-    PREFIX,
-    WEIGHTS,
-    Format,
-    format_of,
-)
-from lora_func.runtime._frozen import frozen_parameters, shared_parameters
-from lora_func.variant import Params
+from lora_func.modules import find_site, original_parameters, shared_parameters
+from lora_func.peft._formats import CONFIG, INERT, PREFIX, WEIGHTS, all_formats, readable_formats
+from lora_func.runtime import layout_of
+from lora_func.variant import Params, PeftFormat
+from lora_func.variants import full
+from lora_func.weights import weight_at
 
 
 def from_peft(folder_or_id: str | PathLike[str], model: nn.Module) -> Params:
-    """Read a checkpoint that PEFT has written, or ``to_peft``.
+    """Read a checkpoint that PEFT or ``to_peft`` wrote.
 
     Args:
         folder_or_id: Its folder, or its name on the Hugging Face hub.
-        model: The base model, as it was before PEFT wrapped it.
+        model: The base model, not wrapped by PEFT.
 
     Returns:
-        The adapter, in the dtypes of the checkpoint; what PEFT computes is what it computes.
+        The adapter, in the dtypes of the checkpoint; it computes what PEFT computes.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        AdapterFileError: If it is of a kind that we have not, its tensors are not what the config
-            says, or they do not fit the model.
+        AdapterFileError: If no variant reads its kind, its tensors are not what the config says, or
+            they do not fit the model.
     """
     folder, model = _downloaded(folder_or_id), uncompiled(model)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     params: Params = {}
-    if config["peft_type"] == "VERA":
-        for name in ("_A", "_B"):
-            params[str(Key("*", "vera", name))] = _taken(folder, tensors, f"base_model.vera{name}")
+    for variant, found in readable_formats(config["peft_type"]):
+        for leaf, name in found.shared.items():
+            params[str(Key(SHARED, variant.name, leaf))] = _taken(folder, tensors, name)
     try:
         rename = _renaming(model, [key.removeprefix(PREFIX) for key in tensors])
-        for path, theirs in _by_module(tensors, config).items():
+        for path, stored in _by_module(tensors, config).items():
             if path.endswith(_BASE):
-                _refuse_other_base(model, rename(path.removesuffix(_BASE)), theirs)
+                _check_base(model, rename(path.removesuffix(_BASE)), stored)
             else:
-                params |= _site_of(model, path, rename(path), config, theirs)
+                params |= _site_of(model, path, rename(path), config, stored)
         params = _tied_once(model, params)
-        refuse_other_leaves(params, model)
+        check_leaves(params)
+        layout_of(model, params)
+        check_leaves(params, model)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{folder}: {error.args[0]}") from error
-    return trainable(params)
+    return as_trainable(params)
 
 
 def _downloaded(folder_or_id: str | PathLike[str]) -> Path:
@@ -84,15 +77,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         kind = config["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterFileError(f"{path}: is no config of PEFT ({error!r})") from error
-    config = DEFAULTS.get(kind, {}) | config
-    known = {found.peft_type for found in FORMATS.values()}
-    if kind not in known:
-        raise AdapterFileError(f"{path}: is of kind {kind!r}; read are {sorted(known)}")
-    for name, harmless in HARMLESS.items():
+    formats = [found for _, found in readable_formats(kind)]
+    if not formats:
+        known = sorted({found.peft_type for _, found in all_formats()})
+        raise AdapterFileError(f"{path}: is of kind {kind!r}; the kinds that are read are {known}")
+    inert = dict(INERT)
+    for found in formats:
+        config, inert = {**found.defaults, **config}, {**inert, **found.inert}
+    for name, harmless in inert.items():
         if config.get(name) not in harmless:
             raise AdapterFileError(
-                f"{path}: {name} is {config[name]!r}, which changes the base or the forward pass "
-                "in a way that lora_func does not have"
+                f"{path}: {name} is {config[name]!r}; this setting changes the base or the forward "
+                f"pass, and is read only at {harmless}"
             )
     return config
 
@@ -118,7 +114,7 @@ def _taken(folder: Path, tensors: dict[str, Tensor], key: str) -> Tensor:
 
 
 def _renaming(model: nn.Module, keys: Sequence[str]) -> Callable[[str], str]:
-    """From a checkpoint's names to the model's, which may have or lack the name of its base."""
+    """From a checkpoint's names to the model's, which may lack or add the name of its base."""
     base = f"{getattr(model, 'base_model_prefix', '')}."
     names = [name for name, _ in model.named_modules() if name]
 
@@ -136,11 +132,10 @@ def _renaming(model: nn.Module, keys: Sequence[str]) -> Callable[[str], str]:
 def _by_module(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, dict[str, Tensor]]:
-    """Their tensors by module and by what follows its path; parameters by their own names."""
+    """Tensors by the path of their module and by the rest of their name."""
     suffixes = [
         leaf.name
-        for found in (*FORMATS.values(), EMBEDDED)
-        if found.peft_type == config["peft_type"]
+        for _, found in readable_formats(config["peft_type"])
         for leaf in found.leaves.values()
     ]
     by_module: dict[str, dict[str, Tensor]] = {}
@@ -153,82 +148,68 @@ def _by_module(
 
 def _site_of(
     model: nn.Module,
-    their_path: str,
+    peft_path: str,
     path: str,
     config: Mapping[str, Any],
-    theirs: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
 ) -> Params:
-    module, _ = place_of(model, path)
-    exact, embedded = not config.get("use_cayley_neumann"), isinstance(module, nn.Embedding)
-    for name in _candidates(config, their_path):
-        found = format_of(name, exact, embedded)
-        if found is None or {leaf.name for leaf in found.leaves.values()} != theirs.keys():
+    module, _ = find_site(model, path)
+    for variant, found in readable_formats(config["peft_type"]):
+        names = {leaf.name for leaf in found.leaves.values()}
+        fits = names == stored.keys() and found.embedding == isinstance(module, nn.Embedding)
+        if not fits or not found.means(config, peft_path):
             continue
-        own = _pattern(config, found, their_path)
-        leaves = {leaf: it.ours(theirs[it.name], own) for leaf, it in found.leaves.items()}
-        leaves |= found.constants(own, leaves, weight_at(model, path))
-        return {str(Key(path, name, leaf)): tensor for leaf, tensor in leaves.items()}
+        own = _at_site(config, found, peft_path)
+        leaves = {leaf: it.read(stored[it.name], own) for leaf, it in found.leaves.items()}
+        with torch.no_grad():
+            leaves |= found.constants(own, leaves, weight_at(model, path))
+        return {str(Key(path, variant.name, leaf)): tensor for leaf, tensor in leaves.items()}
     wanted = config.get("modules_to_save") or []
-    kept = any(f".{name}." in f".{their_path}." for name in wanted)
-    if not kept or not theirs.keys() <= frozen_parameters(module).keys():
-        raise ValueError(f"{path}: its tensors {[*theirs]} are not what the config says")
-    return {str(Key(path, "full", name)): tensor for name, tensor in theirs.items()}
+    kept = any(f".{name}." in f".{peft_path}." for name in wanted)
+    if not kept or not stored.keys() <= original_parameters(module).keys():
+        raise ValueError(f"{path}: its tensors {[*stored]} are not what the config says")
+    return {str(Key(path, _FULL, name)): tensor for name, tensor in stored.items()}
 
 
 _BASE = ".base_layer"
-"""Under which PEFT writes the weight of an adapted embedding."""
+"""The name under which PEFT writes the weight of an adapted embedding."""
+
+_FULL = full.VARIANT.name
 
 
-def _refuse_other_base(model: nn.Module, path: str, theirs: Mapping[str, Tensor]) -> None:
-    module, _ = place_of(model, path)
-    own = frozen_parameters(module)
-    for name, tensor in theirs.items():
+def _check_base(model: nn.Module, path: str, stored: Mapping[str, Tensor]) -> None:
+    module, _ = find_site(model, path)
+    own = original_parameters(module)
+    for name, tensor in stored.items():
         if name not in own or not torch.equal(own[name].detach().cpu(), tensor.to(own[name].dtype)):
             raise ValueError(
-                f"{path}.{name}: the checkpoint brings one of its own, and it is not the model's; "
-                "load that into the model first"
+                f"{path}.{name}: the checkpoint holds another weight than the model; load the "
+                "checkpoint's into the model first"
             )
 
 
 def _tied_once(model: nn.Module, params: Params) -> Params:
-    """Keep one of the copies that PEFT trains of a tied parameter, if they are the same."""
+    """Keep one of the copies of a tied parameter, if they are equal; PEFT trains each copy."""
     places, names = shared_parameters(model), {id(m): name for name, m in model.named_modules()}
     kept = dict(params)
     for key in params:
         path, variant, leaf = parse(key)
-        if variant != "full" or key not in kept:
+        if variant != _FULL or key not in kept:
             continue
-        parameter = frozen_parameters(model.get_submodule(path))[leaf]
-        others = [str(Key(names[id(m)], "full", n)) for m, n in places[id(parameter)]]
+        parameter = original_parameters(model.get_submodule(path))[leaf]
+        others = [str(Key(names[id(m)], _FULL, n)) for m, n in places[id(parameter)]]
         if any(o not in params or not torch.equal(params[o], params[key]) for o in others):
             raise ValueError(
                 f"{path}.{leaf}: is tied in the model, and {others} in the checkpoint are not all "
-                "there, or not the same; untie them in the model first"
+                "there, or not equal; untie them in the model first"
             )
         for other in others[1:]:
             kept.pop(other, None)
     return kept
 
 
-def _candidates(config: Mapping[str, Any], path: str) -> list[str]:
-    """The variants that the tensors of a module may be of."""
-    kind = config["peft_type"]
-    if kind == "LORA":
-        return ["dora" if config.get("use_dora") else "lora"]
-    if kind == "IA3":
-        inputs = config.get("feedforward_modules") or []
-        if isinstance(inputs, str):
-            on_inputs = re.fullmatch(inputs, path) is not None
-        else:
-            on_inputs = path.endswith(tuple(inputs))
-        return ["ia3_ff" if on_inputs else "ia3"]
-    if kind == "ROAD":
-        return [config["variant"].replace("_", "")]
-    return [name for name, found in FORMATS.items() if found.peft_type == kind]
-
-
-def _pattern(config: Mapping[str, Any], found: Format, path: str) -> dict[str, Any]:
-    """The config as it is for one site."""
+def _at_site(config: Mapping[str, Any], found: PeftFormat, path: str) -> dict[str, Any]:
+    """The config for one site, with its exceptions."""
     own = dict(config)
     for name, pattern in found.patterns.items():
         for key, value in (config.get(pattern) or {}).items():

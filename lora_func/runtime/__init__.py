@@ -1,1 +1,68 @@
-"""."""
+"""Running a frozen model with an adapter: ``fcall``, ``adapted``, ``skeleton``.
+
+The layout of an adapter in a model, the injection of other forwards and parameters for one call,
+transforms and checkpointing belong here. K adapters in one call use the same injection; their
+batches and their verification belong to ``sweep``.
+"""
+
+from lora_func.runtime._batch import LossFn, arguments, result
+from lora_func.runtime._call import adapted, call, fcall
+from lora_func.runtime._injection import Injection, injection
+from lora_func.runtime._layout import (
+    ModelLayout,
+    Site,
+    check_single,
+    layout_of,
+    present,
+    remember,
+)
+from lora_func.runtime._overrides import ForwardOverride, check_used, override_forward
+from lora_func.runtime._patches import Patch, patched
+from lora_func.runtime._replacements import Replacement, replacements
+from lora_func.runtime._rows import Rows
+from lora_func.runtime._running import check_idle, eval_patches, skeleton
+from lora_func.runtime._settings import has_fast_path, settings_now
+from lora_func.runtime._sites import dense_parameters, effective_parameters, leaves_of
+from lora_func.runtime._trees import joined, stacked, tensors_of, unstacked
+from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias, weight_view
+
+__all__ = [
+    "ForwardOverride",
+    "Injection",
+    "LossFn",
+    "ModelLayout",
+    "Patch",
+    "Replacement",
+    "Rows",
+    "Site",
+    "adapted",
+    "adapted_bias",
+    "adapted_weight",
+    "arguments",
+    "call",
+    "check_idle",
+    "check_single",
+    "check_used",
+    "dense_parameters",
+    "effective_parameters",
+    "eval_patches",
+    "fcall",
+    "has_fast_path",
+    "injection",
+    "joined",
+    "layout_of",
+    "leaves_of",
+    "name_for_bias",
+    "override_forward",
+    "patched",
+    "present",
+    "remember",
+    "replacements",
+    "result",
+    "settings_now",
+    "skeleton",
+    "stacked",
+    "tensors_of",
+    "unstacked",
+    "weight_view",
+]

@@ -1,4 +1,4 @@
-"""How a batch goes into a model, and what comes out of the call."""
+"""The arguments that a batch stands for, and the result of a call."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments that a batch stands for.
 
     Raises:
-        TypeError: If it is neither a mapping, a tuple, a list nor a tensor.
+        TypeError: If the batch is of another type than a mapping, a tuple, a list or a tensor.
     """
     if isinstance(batch, Mapping):
         return (), dict(batch)
@@ -27,7 +27,7 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def result(output: Any, batch: Any, loss_fn: LossFn | None) -> Any:
-    """Return what loss_fn makes of an output; without one the output's loss, else the output."""
+    """Return ``loss_fn(output, batch)``; without loss_fn the output's loss, or else the output."""
     if loss_fn is not None:
         return loss_fn(output, batch)
     loss = getattr(output, "loss", None)

@@ -1,14 +1,17 @@
 """Calling a frozen model with an adapter."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from lora_func.compat import PRE_HOOKS, uncompiled
 from lora_func.runtime._batch import LossFn, arguments, result
-from lora_func.runtime._frozen import refuse_unused
 from lora_func.runtime._injection import injection
+from lora_func.runtime._overrides import check_used
+from lora_func.runtime._patches import patched
 
 
 def fcall(
@@ -21,26 +24,29 @@ def fcall(
 ) -> Any:
     """Call a frozen model with an adapter: a pure function of the adapter.
 
-    It serves autograd and every torch.func transform. The model runs as it is (hooks, train or eval
-    mode, dtype, device) and is afterwards what it was, whatever happened. Nothing but the adapter's
-    trained leaves gets a gradient.
+    It works under autograd and every torch.func transform. The model runs with its own hooks, mode,
+    dtype and device, and is afterwards what it was, whatever happened. Only the trained leaves of
+    the adapter get gradients.
+
+    An adapted module that is called runs the variant's ``apply``. Code that reads its weight
+    without calling it, such as a tied layer, gets the adapted weight.
 
     Args:
         model: The model.
         params: The adapter. Under ``torch.vmap(fcall, in_dims=(None, 0, None))`` a stack of them.
-        batch: A mapping becomes keyword arguments, a tuple or list positional ones, a tensor the
-            only one.
+        batch: A mapping gives keyword arguments, a tuple or list positional ones, a tensor the
+            only argument.
         loss_fn: Called as ``loss_fn(output, batch)``.
-        strict: Whether a leaf that had no part in the call is an error. False is for models that
-            drop layers at random or by their input.
+        strict: Whether a leaf that had no part in the call is an error. Pass False for models that
+            skip layers at random or by their input.
 
     Returns:
-        What loss_fn returns; without one ``output.loss`` where the output has it, else the output.
+        The result of loss_fn; without loss_fn ``output.loss`` if there is one, else the output.
 
     Raises:
-        TypeError: If batch is of another kind, or a variant cannot adapt a module.
+        TypeError: If batch has another type, or a variant cannot adapt a module.
         KeyError: If a key names no module or parameter of the model, or no variant.
-        ValueError: If two variants name one module, or a leaf has not its axes, as in a stack.
+        ValueError: If two variants name one module, or a leaf has other axes, as in a stack.
         RuntimeError: If the model cannot run under the transforms around the call.
         BusyModelError: If the model is already running with an adapter; see ``skeleton``.
         UnusedLeafError: If an adapted module never ran, or a variant has no such leaf.
@@ -63,27 +69,31 @@ def call(
     strict: bool,
     origin: object = None,
 ) -> Any:
-    """Do what ``fcall`` does, as a part of another run if an origin is given."""
+    """Do what ``fcall`` does, as a part of another call if an origin is given."""
     args, kwargs = arguments(batch)
-    work = injection(model, [params], origin=origin)
-    with work.inside():
-        output = work.call(args, kwargs)
+    injected = injection(model, [params], origin=origin)
+    with injected.inside():
+        output = injected.call(args, kwargs)
     if strict:
-        refuse_unused(work.unused)
+        check_used(injected.unused)
     return result(output, batch, loss_fn)
 
 
 @contextmanager
-def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+def adapted(
+    model: nn.Module, params: Mapping[str, Tensor], *, strict: bool = True
+) -> Iterator[nn.Module]:
     """Run a model with an adapter inside a ``with`` block, for ``generate()`` and evaluation.
 
-    It is the injection of ``fcall`` without the call: base parameters that require grad get
-    gradients, a leaf without a part is no error, and transforms that begin inside find nothing
-    switched for them.
+    It is the injection of ``fcall`` without the call. Base parameters that require grad get
+    gradients. The settings for transforms are chosen when the block is entered, so put ``fcall``
+    inside a transform, and no transform inside this block.
 
     Args:
         model: The model; afterwards it is what it was, whatever happened.
         params: The adapter.
+        strict: Whether a leaf that had no part in the block is an error, raised at its end. A block
+            that never called the model is no error.
 
     Yields:
         The model.
@@ -91,8 +101,10 @@ def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Modul
     Raises:
         TypeError: If a variant cannot adapt the module that a key names.
         KeyError: If a key names no module or parameter of the model, or no variant.
-        ValueError: If two variants name one module, or a leaf has not its axes, as in a stack.
+        ValueError: If two variants name one module, or a leaf has other axes, as in a stack.
         BusyModelError: If the model is already running with an adapter.
+        UnusedLeafError: If an adapted module never ran while others did, or a variant has no such
+            leaf.
 
     Example:
         >>> import torch, lora_func as lf
@@ -100,5 +112,12 @@ def adapted(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[nn.Modul
         >>> with lf.adapted(model, lf.init(model, lf.LoRA(r=2))):
         ...     output = model(torch.ones(1, 4))
     """
-    with injection(model, [params], detached=False).inside():
+    injected, calls = injection(model, [params], detaches=False), list[object]()
+    root = vars(uncompiled(model))
+    hooks = OrderedDict(root[PRE_HOOKS])
+    hooks[id(calls)] = lambda module, args: calls.append(None)
+    with injected.inside(), patched([(root, PRE_HOOKS, hooks)]):
         yield model
+    was_called = bool(calls) or set(injected.unused[0] or ()) != injected.layouts[0].keys
+    if strict and was_called:
+        check_used(injected.unused)

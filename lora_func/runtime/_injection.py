@@ -1,8 +1,8 @@
-"""Putting adapters into a live model for the length of a call, and taking them out again."""
+"""Injecting adapters into a live model for the length of a call, and removing them again."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,51 +10,65 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_func.modules import PartOfCall, named_parameters, uncompiled
-from lora_func.runtime._checkpoint import intercepted
-from lora_func.runtime._frozen import OtherForward, frozen_parameters, other_forward
-from lora_func.runtime._layout import Plan, Site, plan_of, refuse_untransformable
-from lora_func.runtime._losses import losses_apart
-from lora_func.runtime._patches import Put, Slot
-from lora_func.runtime._replacements import Replacement, parameter_slots, replacements
-from lora_func.runtime._rows import Part, Rows, Together, Untouched
-from lora_func.runtime._running import Run, refuse_others, running
-from lora_func.runtime._sites import Solo, refuse_other_axes
-from lora_func.runtime._transforms import (
-    WhileNeeded,
+from lora_func.compat import PARAMETERS, parameters_of, transformed, uncompiled
+from lora_func.modules import ReadTracker, named_parameters, original_parameters
+from lora_func.runtime._checkpoint import intercepted_checkpoints
+from lora_func.runtime._layout import ModelLayout, Site, check_transformable, layout_of, present
+from lora_func.runtime._losses import LossPerAdapter
+from lora_func.runtime._overrides import ForwardOverride, override_forward
+from lora_func.runtime._patches import Patch, patched
+from lora_func.runtime._replacements import Replacement, replacements
+from lora_func.runtime._rows import Part, PassThrough, Rows, StackedForward
+from lora_func.runtime._running import ActiveCall, active, check_first, is_active
+from lora_func.runtime._settings import (
+    cached_weights,
     compiled_attention,
-    held,
     settings_now,
     transformable,
-    transformed,
 )
+from lora_func.runtime._sites import SingleForward, check_single_axes
+
+
+class PartOfCall(nn.Module):
+    """A function that runs a part of a model, as a module for ``functional_call``."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
 class Injection:
-    """What is put into a model for a call, and can be put there again to repeat a part of it.
+    """What is injected into a model for a call; it can be injected again to repeat a part of it.
 
     Attributes:
         model: The model, as the caller gave it.
-        plans: The layout of each of the adapters.
-        adapters: One adapter for all rows; with ``rows`` stacks of them.
-        rows: Whose rows are whose; None for one adapter.
-        unused: The keys of each of the adapters that nothing has read yet; None while compiling.
-        frozen: The base parameters that would get a gradient, to be detached.
-        replaced: The parameters that are others for the whole call; computed once, so that a
-            repetition has the same.
-        settings: What the transforms around the call need.
+        layouts: The layout of each adapter.
+        adapters: One adapter for all rows; with ``rows`` stacks of adapters.
+        rows: Which rows belong to which adapter; None for one adapter.
+        unused: For each adapter, the keys that nothing has used yet; None while compiling.
+        detaches: True if base parameters get no gradient.
+        replaced: The parameters that are replaced for the whole call. They are computed once, so
+            that a repetition has the same tensors.
+        settings: The settings that the transforms around the call need.
+        losses: Splits losses by adapter, if several adapters share the call.
         origin: The call.
     """
 
     model: nn.Module
-    plans: tuple[Plan, ...]
+    layouts: tuple[ModelLayout, ...]
     adapters: tuple[Mapping[str, Tensor], ...]
     rows: Rows | None
     unused: tuple[set[str] | None, ...]
-    frozen: Mapping[str, Tensor]
+    detaches: bool
     replaced: tuple[Replacement, ...]
-    settings: tuple[WhileNeeded, ...]
+    settings: tuple[Patch, ...]
+    losses: LossPerAdapter | None
     origin: object
 
     @property
@@ -63,90 +77,137 @@ class Injection:
         return [tensor for adapter in self.adapters for tensor in adapter.values()]
 
     def below(self, module: nn.Module | None) -> "Injection":
-        """Return the part that goes into one module of the model; None is all."""
+        """Return the part that goes into one module of the model; None means all of it."""
         if module is None:
             return self
-        plans = tuple(plan.inside(module) for plan in self.plans)
+        layouts = tuple(layout.inside(module) for layout in self.layouts)
         adapters = tuple(
-            {key: adapter[key] for site in plan.sites for key in site.keys.values()}
-            for plan, adapter in zip(plans, self.adapters, strict=True)
+            {key: adapter[key] for site in layout.sites for key in site.keys.values()}
+            for layout, adapter in zip(layouts, self.adapters, strict=True)
         )
-        return replace(self, plans=plans, adapters=adapters)
+        return replace(self, layouts=layouts, adapters=adapters)
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Call the model while this is in it."""
-        frozen = {name: parameter.detach() for name, parameter in self.frozen.items()}
+        """Call the model while the adapter is injected."""
+        frozen = self._detached("")
         return functional_call(self.model, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
-    def redo(
+    def repeat(
         self,
         tensors: Sequence[Tensor] | None,
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Call a function while this is in the model, with other tensors if there are some."""
+        """Call a function while the adapter is injected, with other tensors if they are given."""
         again = self
         if tensors is not None:
             values = iter(tensors)
             adapters = tuple({key: next(values) for key in one} for one in self.adapters)
-            replaced = _replaced(self.model, self.plans, adapters, self.rows)
+            replaced = _replaced(self.model, self.layouts, adapters, self.rows)
             again = replace(self, adapters=adapters, replaced=replaced)
-        frozen = {f"model.{name}": parameter.detach() for name, parameter in self.frozen.items()}
         with again.inside():
-            part = PartOfCall(self.model, function)
+            part, frozen = PartOfCall(self.model, function), again._detached("model.")
             return functional_call(part, frozen, tuple(args), {**kwargs}, tie_weights=False)
+
+    def _detached(self, prefix: str) -> dict[str, Tensor]:
+        """The base parameters that would get a gradient, detached; trackers hold theirs."""
+        if not self.detaches:
+            return {}
+        taken = {id(original_parameters(r.module)[name]) for r in self.replaced for name in r.new}
+        tracked = {
+            id(parameter)
+            for module in self.model.modules()
+            if type(parameters_of(module)) is ReadTracker
+            for parameter in original_parameters(module).values()
+        }
+        return {
+            prefix + name: parameter.detach()
+            for name, parameter in _original_named(self.model)
+            if parameter.requires_grad and id(parameter) not in taken | tracked
+        }
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Put this into the model, which afterwards is what it was, whatever happened."""
-        if torch.compiler.is_compiling():
-            with compiled_attention(), Put(self._slots()):
-                yield
-            return
-        with held(self.settings), Put(self._exclusive_slots()):
-            yield
+        """Inject the adapter; afterwards the model is what it was, whatever happened."""
+        again = is_active(self.origin)
+        with nullcontext() if again or self.losses is None else self.losses:
+            if torch.compiler.is_compiling():
+                with compiled_attention(), patched(self._compiled_patches()):
+                    yield
+            else:
+                with patched(self._patches()):
+                    yield
 
-    def _exclusive_slots(self) -> Iterator[Slot]:
-        mine = object()
-        changed = frozenset[int]().union(*(plan.changed for plan in self.plans))
-        modules = self.plans[0].structure.identities
-        run = Run(changed, modules, self.origin, self, threading.get_ident())
-        yield running, mine, run
-        refuse_others(mine)
-        yield from self._slots()
+    def _patches(self) -> Iterator[tuple[Any, Any, Any]]:
+        yield from self.settings
+        token, layout = object(), self.layouts[0]
+        changed = frozenset[int]().union(*(layout.changed for layout in self.layouts))
+        modules, thread = layout.structure.identities, threading.get_ident()
+        yield active, token, ActiveCall(changed, modules, self.origin, self, thread)
+        check_first(token)
         if transformed():
             yield from transformable(self.model)
+        for module in present(layout.recurrent):
+            yield from cached_weights(module)
+        replaced = {id(one.module): one for one in self.replaced}
+        for module, patch in self._overrides():
+            yield patch
+            adapt = getattr(patch.value, "adapt", None)
+            if adapt is not None:
+                tracker = self._tracker(module, replaced.pop(id(module), None))
+                tracker.adapt = adapt
+                yield vars(module), PARAMETERS, tracker
+        for one in replaced.values():
+            yield vars(one.module), PARAMETERS, self._tracker(one.module, one)
 
-    def _slots(self) -> Iterator[Slot]:
+    def _tracker(self, module: nn.Module, replaced: Replacement | None) -> ReadTracker:
+        original = original_parameters(module)
+        stored = original
+        if self.detaches:
+            stored = {
+                name: p.detach() if p is not None and p.requires_grad else p
+                for name, p in original.items()
+            }
+        if replaced is None:
+            return ReadTracker(stored, original)
+        return ReadTracker({**stored, **replaced.new}, original, self.unused[0], replaced.keys)
+
+    def _compiled_patches(self) -> Iterator[tuple[Any, Any, Any]]:
+        yield from (patch for _, patch in self._overrides())
+        for module, new, _ in self.replaced:
+            own = original_parameters(module)
+            yield from ((own, name, tensor) for name, tensor in new.items())
+
+    def _overrides(self) -> Iterator[tuple[nn.Module, Patch]]:
         rows = self.rows
-        for path, reference in self.plans[0].quantised:
+        for path, reference in self.layouts[0].quantised:
             module = reference()
             if module is not None and rows is None:
-                yield other_forward(module, path, OtherForward)
+                yield module, override_forward(module, path, ForwardOverride)
             elif module is not None:
-                yield other_forward(module, path, Untouched, path, module, rows)
-        yield from self._alone() if rows is None else self._together(rows)
-        yield from parameter_slots(self.replaced, self.unused[0])
+                yield module, override_forward(module, path, PassThrough, path, module, rows)
+        yield from self._single() if rows is None else self._stacked(rows)
 
-    def _alone(self) -> Iterator[Slot]:
-        (plan,), (params,), (unused,) = self.plans, self.adapters, self.unused
-        for sites in plan.groups:
+    def _single(self) -> Iterator[tuple[nn.Module, Patch]]:
+        (layout,), (params,), (unused,) = self.layouts, self.adapters, self.unused
+        for sites in layout.groups:
             if not sites[0].everywhere:
-                path, module = sites[0].path, sites[0].module()
-                assert module is not None
-                yield other_forward(module, path, Solo, module, sites, params, unused)
+                path, module = sites[0].path, sites[0].module
+                settings = (module, sites, params, unused)
+                yield module, override_forward(module, path, SingleForward, *settings)
 
-    def _together(self, rows: Rows) -> Iterator[Slot]:
-        found: dict[Any, list[Sequence[Site]]] = {}
-        for i, plan in enumerate(self.plans):
-            for sites in plan.groups:
-                nobody: list[Sequence[Site]] = [()] * len(self.plans)
-                found.setdefault(sites[0].module(), nobody)[i] = sites
+    def _stacked(self, rows: Rows) -> Iterator[tuple[nn.Module, Patch]]:
+        found: dict[nn.Module, list[Sequence[Site]]] = {}
+        for i, layout in enumerate(self.layouts):
+            for sites in layout.groups:
+                nowhere: list[Sequence[Site]] = [()] * len(self.layouts)
+                found.setdefault(sites[0].module, nowhere)[i] = sites
         for module, of_all in found.items():
             path = ", ".join({site.path: None for sites in of_all for site in sites})
             parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
-            yield other_forward(module, path, Together, path, module, rows, parts)
+            settings = (path, module, rows, parts)
+            yield module, override_forward(module, path, StackedForward, *settings)
 
 
 def injection(
@@ -154,17 +215,17 @@ def injection(
     adapters: Sequence[Mapping[str, Tensor]],
     rows: Rows | None = None,
     *,
-    detached: bool = True,
+    detaches: bool = True,
     origin: object = None,
 ) -> Injection:
-    """Prepare what goes into a model.
+    """Prepare an injection.
 
     Args:
         model: The model.
-        adapters: One adapter for all rows; with ``rows`` stacks of them.
-        rows: Whose rows are whose.
-        detached: Whether base parameters that require grad get none.
-        origin: The run that this is a part of, if it is.
+        adapters: One adapter for all rows; with ``rows`` stacks of adapters.
+        rows: Which rows belong to which adapter.
+        detaches: Whether base parameters that require grad get no gradient.
+        origin: The call that this is a part of, if it is.
 
     Returns:
         The injection, for the transforms that are active now.
@@ -172,43 +233,55 @@ def injection(
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
         TypeError: If a variant cannot adapt what a key names, or the user's own function stands
-            where an adapter must go.
-        ValueError: If two variants name one module.
-        RuntimeError: If the model cannot run under the transforms that are active.
+            in the place of a forward.
+        ValueError: If two variants name one module, or a leaf has the axes of a stack.
+        RuntimeError: If the model cannot run under the active transforms.
     """
-    plans = tuple(plan_of(uncompiled(model), adapter) for adapter in adapters)
+    layouts = tuple(layout_of(uncompiled(model), adapter) for adapter in adapters)
     adapters = tuple({**adapter} for adapter in adapters)
     if rows is None:
-        refuse_other_axes(plans[0], adapters[0])
-    refuse_untransformable(plans[0])
-    replaced = _replaced(model, plans, adapters, rows)
-    taken = {id(frozen_parameters(r.module)[name]) for r in replaced for name in r.new}
+        check_single_axes(layouts[0], adapters[0])
+    check_transformable(layouts[0])
     compiling = torch.compiler.is_compiling()
-    frozen = {}
-    if detached and (compiling or plans[0].structure.requires_grad()):
-        frozen = {
-            name: parameter
-            for name, parameter in named_parameters(model)
-            if parameter.requires_grad and id(parameter) not in taken
-        }
-    unused: tuple[set[str] | None, ...] = (None,) * len(plans)
-    settings: tuple[WhileNeeded, ...] = ()
+    unused: tuple[set[str] | None, ...] = (None,) * len(layouts)
+    settings: tuple[Patch, ...] = ()
     if not compiling:
-        unused = tuple(set(plan.keys) for plan in plans)
-        settings = (intercepted, *settings_now(plans[0].fast_path))
-        settings += () if rows is None else (losses_apart,)
+        unused = tuple(set(layout.keys) for layout in layouts)
+        settings = (intercepted_checkpoints(), *settings_now(layouts[0].fast_path))
         origin = origin or object()
-    return Injection(model, plans, adapters, rows, unused, frozen, replaced, settings, origin)
+    return Injection(
+        model,
+        layouts,
+        adapters,
+        rows,
+        unused,
+        detaches and (compiling or layouts[0].structure.requires_grad()),
+        _replaced(model, layouts, adapters, rows),
+        settings,
+        None if rows is None else LossPerAdapter(rows.adapters),
+        origin,
+    )
 
 
 def _replaced(
     model: nn.Module,
-    plans: Sequence[Plan],
+    layouts: Sequence[ModelLayout],
     adapters: Sequence[Mapping[str, Tensor]],
     rows: Rows | None,
 ) -> tuple[Replacement, ...]:
-    """What is replaced for the whole call; in a fold nothing is, since every adapter differs."""
-    everywhere = [site for site in plans[0].sites if site.everywhere]
+    """What is replaced for the whole call; nothing if rows belong to different adapters."""
+    everywhere = [site for site in layouts[0].sites if site.everywhere]
     if rows is not None or not everywhere:
         return ()
     return replacements(uncompiled(model), everywhere, adapters[0])
+
+
+def _original_named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if torch.compiler.is_compiling():
+        yield from named_parameters(model)
+        return
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in original_parameters(module).items():
+            if parameter is not None:
+                yield prefix + name, parameter

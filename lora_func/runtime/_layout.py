@@ -1,103 +1,127 @@
-"""What the keys of an adapter mean in a model: parsed once, then looked up."""
+"""The layout of an adapter in a model: what its keys name, parsed once and cached."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter._keys import RANK, SHARED, group, parse
-from lora_func.modules import Structure, identities, place_of, structure
-from lora_func.runtime._transforms import has_fast_path, transformed
+from lora_func.adapter import RANK, SHARED, check_leaves, group, parse
+from lora_func.compat import buffers_of, mixes_rows_in_training, transformed
+from lora_func.modules import Structure, find_site, identities, original_parameters, structure
+from lora_func.runtime._settings import has_fast_path
 from lora_func.variant import Variant
 from lora_func.variants import by_name
-from lora_func.weights._bitsandbytes import is_opaque, is_quantised
-from lora_func.weights._layers import (
+from lora_func.weights import (
     bias_name,
+    check_not_computed,
     has_matrix,
     is_linear,
+    is_quantised,
     is_stack,
+    is_unknown_quantised,
     matrix,
-    refuse_computed,
 )
 
+CACHED_LAYOUTS = 64
+"""How many layouts and verdicts are kept for each model; the oldest is forgotten first."""
 
-class Site(NamedTuple):
+Reference = Callable[[], nn.Module | None]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Site:
     """An adapted module or parameter, as the keys of an adapter name it.
 
     Attributes:
         path: Its path.
-        module: The module, or the one that holds the parameter; weakly, so that a cached plan keeps
-            no model alive.
-        parameter: The parameter that gets an effective weight; None where the variant's ``apply``
-            runs in the module's place, or its ``parameters`` say which.
-        everywhere: Whether parameters are replaced for the whole call, wherever they are read, and
-            not while their module runs alone.
-        claims: The parameters that nobody else may adapt; None for all of the module's.
-        variant: The variant at work there.
+        reference: The module, or the module that holds the parameter; weak, so that a cached layout
+            keeps no model alive.
+        parameter: The parameter that gets an effective weight; None if the variant's ``apply``
+            replaces the module's forward, or its ``parameters`` name the parameters.
+        everywhere: True if parameters are replaced for the whole call, wherever they are read;
+            False if they are replaced while their module runs.
+        claims: The parameters that no other site may adapt; None for all of the module's.
+        variant: The variant.
         keys: Leaf -> key in the adapter.
-        reads: Leaf -> the keys that reading it uses: its own.
+        known: The keys whose leaves the variant has.
     """
 
     path: str
-    module: Callable[[], nn.Module | None]
+    reference: Reference
     parameter: str | None
     everywhere: bool
     claims: set[str] | None
     variant: Variant
     keys: dict[str, str]
-    reads: Mapping[str, tuple[str, ...]]
+    known: tuple[str, ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        module = self.reference()
+        assert module is not None, f"{self.path}: the module is gone"
+        return module
 
 
-class Plan(NamedTuple):
-    """The layout of an adapter in a model: what its keys say, read once.
+class ModelLayout(NamedTuple):
+    """The layout of an adapter in a model.
 
     Attributes:
-        structure: The modules of the model when the plan was made.
+        structure: The modules of the model when the layout was made.
         sites: The adapted modules and parameters.
         groups: The same, module by module.
+        variants: The variants at work.
         keys: Their keys.
-        axes: Key -> the names of the axes that its leaf has in one adapter, where they are known.
+        ndims: Key -> the numbers of axes that its leaf may have in one adapter, if known.
         changed: The ids of the modules that run another forward or have other parameters.
-        checkpoints: The modules that can recompute their part of the model in the backward pass,
-            weakly.
-        norms: The modules that can take statistics over the batch, weakly.
+        checkpoints: The modules that can recompute their part of the model, weakly.
+        norms: The modules that keep running statistics, or use those of the batch, weakly.
+        recurrent: The modules that remember the weights of their last call, weakly.
         quantised: Path and module, weakly, of each layer that bitsandbytes has quantised.
-        opaque: The same of each layer that derives from those and has a forward of its own.
-        fast_path: Whether the model has layers with a fused inference kernel.
-        folds: What the first fold of this layout with others showed: why they cannot share a call,
-            or None.
+        unknown_quantised: The same of each subclass of those with a forward of its own.
+        fast_path: True if the model has layers with a fused inference kernel.
+        verdicts: Kind of sweep -> True, if its first fold was equal to solo runs.
     """
 
     structure: Structure
     sites: tuple[Site, ...]
     groups: tuple[tuple[Site, ...], ...]
+    variants: tuple[Variant, ...]
     keys: frozenset[str]
-    axes: Mapping[str, tuple[str, ...]]
+    ndims: Mapping[str, tuple[int, ...]]
     changed: frozenset[int]
-    checkpoints: tuple[Callable[[], nn.Module | None], ...]
-    norms: tuple[Callable[[], nn.Module | None], ...]
-    quantised: tuple[tuple[str, Callable[[], nn.Module | None]], ...]
-    opaque: tuple[tuple[str, Callable[[], nn.Module | None]], ...]
+    checkpoints: tuple[Reference, ...]
+    norms: tuple[Reference, ...]
+    recurrent: tuple[Reference, ...]
+    quantised: tuple[tuple[str, Reference], ...]
+    unknown_quantised: tuple[tuple[str, Reference], ...]
     fast_path: bool
-    folds: dict[Any, str | None]
+    verdicts: "OrderedDict[Any, bool]"
 
-    def inside(self, module: nn.Module) -> "Plan":
+    def is_current(self) -> bool:
+        """True if no variant was registered again since the layout was made."""
+        return all(by_name(variant.name) is variant for variant in self.variants)
+
+    def inside(self, module: nn.Module) -> "ModelLayout":
         """Return the part that goes into one module of the model."""
         within = identities(module)
         return self._replace(
-            sites=tuple(site for site in self.sites if id(site.module()) in within),
-            groups=tuple(group for group in self.groups if id(group[0].module()) in within),
+            sites=tuple(site for site in self.sites if id(site.module) in within),
+            groups=tuple(sites for sites in self.groups if id(sites[0].module) in within),
             changed=self.changed & within,
             quantised=tuple(q for q in self.quantised if id(q[1]()) in within),
         )
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Plan]] = WeakKeyDictionary()
+_layouts: WeakKeyDictionary[nn.Module, "OrderedDict[frozenset[str], ModelLayout]"]
+_layouts = WeakKeyDictionary()
 
 
-def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
+def layout_of(model: nn.Module, params: Mapping[str, Tensor]) -> ModelLayout:
     """Return the layout of an adapter in a model.
 
     Args:
@@ -105,7 +129,7 @@ def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
         params: The adapter; only its keys are read.
 
     Returns:
-        The plan, made anew if a module of the model was replaced since.
+        The layout; a new one if a module of the model was replaced since the last call.
 
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
@@ -113,113 +137,157 @@ def plan_of(model: nn.Module, params: Mapping[str, Tensor]) -> Plan:
         ValueError: If two variants name one module.
     """
     if torch.compiler.is_compiling():
-        return _make_plan(model, params, {})
-    plans = _plans.setdefault(model, {})
-    keys = tuple(params)
-    plan = plans.get(keys)
-    if plan is None or not plan.structure.holds():
-        plan = plans[keys] = _make_plan(model, params, plans)
-    return plan
+        return _make_layout(model, params, lambda _: None)
+    kept = _layouts.get(model)
+    if kept is None:
+        kept = _layouts[model] = OrderedDict()
+    keys = frozenset(params)
+    layout = kept.get(keys)
+    if layout is None or not layout.structure.holds() or not layout.is_current():
+        layout = _make_layout(model, params, lambda _: kept.clear())
+        remember(kept, keys, layout)
+    return layout
 
 
-def refuse_untransformable(plan: Plan) -> None:
-    """Refuse a model that cannot run under the transforms that are active.
+def remember(kept: "OrderedDict[Any, Any]", key: Any, value: Any) -> None:
+    """Keep a value, and forget the oldest of more than ``CACHED_LAYOUTS``."""
+    kept[key] = value
+    while len(kept) > CACHED_LAYOUTS:
+        kept.popitem(last=False)
+
+
+def check_transformable(layout: ModelLayout) -> None:
+    """Check that a model can run under the transforms that are active.
 
     Raises:
-        RuntimeError: If a BatchNorm is in training mode, a quantised layer has a forward of its
-            own, or activations are checkpointed while compiling.
+        RuntimeError: If a layer would write its running statistics, a quantised layer has its own
+            forward, or activations are checkpointed while compiling.
     """
     if not transformed():
         return
-    if plan.opaque:
+    if layout.unknown_quantised:
         raise RuntimeError(
-            f"{plan.opaque[0][0]}: derives from a quantised layer of bitsandbytes and has a "
-            "forward of its own, which loses derivatives under transforms; use autograd"
+            f"{layout.unknown_quantised[0][0]}: derives from a quantised layer of bitsandbytes and "
+            "has a forward of its own, which loses derivatives under transforms; use autograd"
         )
-    for norm in filter(None, (reference() for reference in plan.norms)):
-        if norm.training and norm.track_running_stats:
+    for norm in present(layout.norms):
+        if norm.training and getattr(norm, "track_running_stats", True):
             raise RuntimeError(
                 f"{type(norm).__name__}: in training mode it writes its running statistics, which "
-                "no transform of torch.func can; call eval() on it, as befits a frozen base"
+                "no transform of torch.func can; call eval() on it, since the base is frozen"
             )
     if not torch.compiler.is_compiling():
         return
-    for module in filter(None, (reference() for reference in plan.checkpoints)):
+    for module in present(layout.checkpoints):
         if module.gradient_checkpointing and module.training:
             raise RuntimeError(
-                f"{type(module).__name__}: activation checkpointing under a compiled transform of "
-                "torch.func is beyond torch; compile without it, or differentiate by autograd"
+                f"{type(module).__name__}: torch cannot compile activation checkpointing under a "
+                "transform of torch.func; compile without it, or differentiate by autograd"
             )
 
 
-def _make_plan(
-    model: nn.Module, params: Mapping[str, Tensor], plans: dict[tuple[str, ...], Plan]
-) -> Plan:
+def present(references: Iterable[Reference]) -> list[nn.Module]:
+    """Return the modules that are still alive."""
+    modules = [reference() for reference in references]
+    return [module for module in modules if module is not None]
+
+
+def check_single(params: Mapping[str, Tensor], model: nn.Module) -> ModelLayout:
+    """Check that params are one adapter that fits its variants and a model.
+
+    Returns:
+        Its layout.
+
+    Raises:
+        KeyError: If a key is malformed, or names no variant or nothing in the model.
+        TypeError: If a leaf is not a floating-point tensor, or a variant cannot adapt what a key
+            names.
+        ValueError: If params is a stack, a leaf is missing or unknown, a shape does not fit, or two
+            variants name one module.
+    """
+    check_leaves(params)
+    layout = layout_of(model, params)
+    if check_leaves(params, model):
+        raise ValueError("params: is a stack; take its adapters one by one, from unstack")
+    return layout
+
+
+def _make_layout(
+    model: nn.Module, params: Mapping[str, Tensor], forget: Callable[[object], None]
+) -> ModelLayout:
     groups: dict[int, list[Site]] = {}
     for (path, variant_name), keys in group(params).items():
         keys.pop(RANK, None)
         site = _site(model, path, by_name(variant_name), keys)
-        others = groups.setdefault(id(site.module()), [])
-        _refuse_sharing(site, others)
+        others = groups.setdefault(id(site.module), [])
+        _check_claims(site, others)
         others.append(site)
     named = [(path, ref(m), m) for path, m in model.named_modules()]
-    modules = [module for _, _, module in named]
-    sites = tuple(site for group in groups.values() for site in group)
-    return Plan(
-        structure(model, lambda _: plans.clear()),
+    sites = tuple(site for sites in groups.values() for site in sites)
+    return ModelLayout(
+        structure(model, forget),
         sites,
         tuple(map(tuple, groups.values())),
+        tuple({site.variant.name: site.variant for site in sites}.values()),
         frozenset(key for site in sites for key in site.keys.values()),
-        {key: axes for site in sites for key, axes in _axes(site).items()},
-        frozenset(groups) | {id(module) for module in modules if is_quantised(module)},
-        tuple(ref(m) for m in modules if hasattr(m, "gradient_checkpointing")),
-        tuple(ref(m) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)),
+        {key: ndims for site in sites for key, ndims in _ndims(site).items()},
+        frozenset(groups) | {id(module) for _, _, module in named if is_quantised(module)},
+        tuple(reference for _, reference, m in named if hasattr(m, "gradient_checkpointing")),
+        tuple(reference for _, reference, m in named if _uses_statistics(m)),
+        tuple(reference for _, reference, m in named if isinstance(m, nn.RNNBase)),
         tuple((path, reference) for path, reference, m in named if is_quantised(m)),
-        tuple((path, reference) for path, reference, m in named if is_opaque(m)),
+        tuple((path, reference) for path, reference, m in named if is_unknown_quantised(m)),
         has_fast_path(model),
-        {},
+        OrderedDict(),
     )
+
+
+def _uses_statistics(module: nn.Module) -> bool:
+    return mixes_rows_in_training(module) or buffers_of(module).get("running_mean") is not None
 
 
 def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -> Site:
     try:
-        module, parameter = place_of(model, path)
+        module, parameter = find_site(model, path)
     except KeyError as error:
         raise KeyError(f"{next(iter(keys.values()))!r}: {error.args[0]}") from None
-    reads = {leaf: (key,) for leaf, key in keys.items()}
+    own = original_parameters(module)
     if variant.parameters is not None:
         for leaf in keys:
-            if module._parameters.get(leaf) is None:
+            if own.get(leaf) is None:
                 raise KeyError(
                     f"{keys[leaf]!r}: {type(module).__name__} {path!r} has no parameter {leaf!r}"
                 )
-        return Site(path, ref(module), None, True, {*keys}, variant, keys, reads)
+        known = tuple(keys.values())
+        return Site(path, ref(module), None, True, {*keys}, variant, keys, known)
+    known = tuple(key for leaf, key in keys.items() if leaf in variant.axes)
     never_called = _is_never_called(model, path)
     if parameter is None and is_linear(module) and not never_called:
-        return Site(path, ref(module), None, False, None, variant, keys, reads)
+        return Site(path, ref(module), None, False, None, variant, keys, known)
     name = parameter or "weight"
-    _refuse_without_matrix(path, module, name, variant, parameter is None)
+    _check_matrix(path, module, name, variant, as_module=parameter is None)
     claims = None
     if parameter is not None or never_called:
-        beside = bias_name(module._parameters, name) if variant.bias is not None else None
+        beside = bias_name(own, name) if variant.bias is not None else None
         claims = {name} if beside is None else {name, beside}
-    return Site(path, ref(module), name, claims is not None, claims, variant, keys, reads)
+    return Site(path, ref(module), name, claims is not None, claims, variant, keys, known)
 
 
-def _axes(site: Site) -> dict[str, tuple[str, ...]]:
-    """Key -> the names of its leaf's axes; leaves of a stack of weights have one in front."""
-    module, axes = site.module(), site.variant.axes
-    assert module is not None
-    weight = None if site.parameter is None else matrix(module, module._parameters, site.parameter)
-    front = ("n",) if is_stack(weight) else ()
+def _ndims(site: Site) -> dict[str, tuple[int, ...]]:
+    """Key -> the numbers of axes of its leaf; leaves of a stack of weights have one more."""
+    module, axes = site.module, site.variant.axes
+    own = original_parameters(module)
+    weight = None if site.parameter is None else matrix(module, own, site.parameter)
     return {
-        key: axes[leaf] if parse(key).site == SHARED else (*front, *axes[leaf])
+        key: tuple(
+            len(words) + (is_stack(weight) and parse(key).site != SHARED) for words in axes[leaf]
+        )
         for leaf, key in site.keys.items()
         if leaf in axes
     }
 
 
-def _refuse_without_matrix(
+def _check_matrix(
     path: str, module: nn.Module, name: str, variant: Variant, as_module: bool
 ) -> None:
     if as_module and not has_matrix(module):
@@ -233,19 +301,19 @@ def _refuse_without_matrix(
             f"{path}: {variant.name} is not linear in x and has no weight to put there; it adapts "
             "linear layers alone"
         )
-    refuse_computed(path, module._parameters, name)
+    check_not_computed(path, original_parameters(module), name)
     if getattr(module, "sparse", False):
         raise TypeError(f"{path}: {variant.name} has no sparse gradients; set sparse=False")
 
 
 def _is_never_called(model: nn.Module, path: str) -> bool:
-    """Whether torch reads the module's weight past it."""
+    """True if torch's attention reads this module's weight and never calls the module."""
     parent, _, name = path.rpartition(".")
-    around, _ = place_of(model, parent)
+    around, _ = find_site(model, parent)
     return name == "out_proj" and isinstance(around, nn.MultiheadAttention)
 
 
-def _refuse_sharing(site: Site, others: Iterable[Site]) -> None:
+def _check_claims(site: Site, others: Iterable[Site]) -> None:
     for other in others:
         mine, theirs = site.claims, other.claims
         if mine is None or theirs is None or mine & theirs:

@@ -1,8 +1,8 @@
-"""Embeddings and convolutions: what a variant multiplies there is no matrix of rows.
+"""Embeddings and convolutions by products, without the adapted weight or a gradient of its size.
 
-The one-hot rows of an embedding and the patches of a convolution are never built. They stand for
-``x`` in a variant's ``apply`` as what their products with matrices are: rows looked up in a table,
-and convolutions. So neither the adapted weight is made nor a gradient of its size.
+The one-hot rows of an embedding and the patches of a convolution are never built. An ``Operand``
+stands for ``x`` in a variant's ``apply``: its products with matrices are rows of a table, and
+convolutions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,32 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map_only
 
+from lora_func.compat import convolve
 from lora_func.runtime._layout import Site
-from lora_func.weights._layers import Affine
-
-
-def multiplies(site: Site, module: nn.Module) -> bool:
-    """Tell whether a site can run by products with what stands for its x."""
-    if site.parameter != "weight" or not site.variant.products_only:
-        return False
-    if isinstance(module, _ConvNd):
-        plain = type(module) in _CONVOLUTIONS and "_conv_forward" not in vars(module)
-        return plain and module.groups == 1
-    return isinstance(module, nn.Embedding)
-
+from lora_func.weights import Affine
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Operand:
-    """Stands for rows x, of which there are only products with matrices.
+    """Stands for rows x of which only products with matrices exist.
 
     Attributes:
-        width: Their width, d_in.
+        width: The width of the rows, d_in.
         dtype: Their dtype.
         product: Computes ``x Mᵀ + b`` of M, shape (m, d_in), and b, shape (m,) or None.
     """
@@ -51,17 +39,17 @@ class Operand:
         cls, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is F.linear:
-            return _times(*args)
+            return _product(*args)
         if function is torch.matmul:
             x, M = args
-            return _times(x, M.mT)
+            return _product(x, M.mT)
         return NotImplemented
 
     def __matmul__(self, M: Tensor) -> Tensor:
-        return _times(self, M.mT)
+        return _product(self, M.mT)
 
 
-def _times(x: Operand, M: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(x: Operand, M: Tensor, bias: Tensor | None = None) -> Tensor:
     if M.ndim != 2 or M.shape[1] != x.width:
         raise ValueError(
             f"got a factor of shape {tuple(M.shape)}, accepted is (m, {x.width}); a stack goes "
@@ -70,103 +58,88 @@ def _times(x: Operand, M: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.product(M, bias)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AdaptedWeight:
-    """Stands for the adapted weight of a layer while that runs; made where it is read otherwise.
+def runs_by_products(site: Site, module: nn.Module) -> bool:
+    """True for ``nn.Embedding`` and ungrouped ``nn.Conv``, under a ``products_only`` variant."""
+    if site.parameter != "weight" or not site.variant.products_only:
+        return False
+    if type(module) is nn.Embedding:
+        return module.max_norm is None and not module.scale_grad_by_freq
+    plain = type(module) in _CONVOLUTIONS and "_conv_forward" not in vars(module)
+    return plain and getattr(module, "groups", 1) == 1
 
-    Attributes:
+
+def run_by_products(
+    site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor], x: Tensor
+) -> Tensor:
+    """Run an embedding or a convolution with its adapter.
+
+    Args:
         site: The site.
-        frozen: The frozen weight.
+        module: A module that ``runs_by_products`` accepts.
+        own: The module's own parameters.
         leaves: The site's leaves.
-        whole: Makes it.
+        x: Ids of any shape, or images (..., channels, *sizes).
+
+    Returns:
+        What the adapted module returns.
     """
-
-    site: Site
-    frozen: Tensor
-    leaves: Mapping[str, Tensor]
-    whole: Callable[[], Tensor]
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs, run = kwargs or {}, _LAYERS.get(function)
-        y = None if run is None else run(function, *args, **kwargs)
-        if y is not None:
-            return y
-        args, kwargs = tree_map_only(cls, lambda weight: weight.whole(), (args, kwargs))
-        return function(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.frozen if name in _SAME else self.whole(), name)
-
-    def apply(self, W: Affine, x: Operand) -> Tensor:
-        """Run the variant's ``apply``."""
-        rows: Any = x
-        return self.site.variant.apply(W, self.leaves, rows)
+    if isinstance(module, nn.Embedding):
+        y = lookup(site, own, leaves, x, None, module.padding_idx)
+        assert y is not None
+        return y
+    return _convolution(site, module, own, leaves, x)
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    return lambda weight, *others: getattr(weight.whole(), name)(*others)
-
-
-# Python looks an operator up in the class, and not by __getattr__
-for _name in (
-    *("getitem", "len", "iter", "bool", "deepcopy", "neg", "pos", "abs", "invert"),
-    *("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "matmul", "rmatmul", "pow", "rpow"),
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "mod", "rmod"),
-    *("truediv", "rtruediv", "floordiv", "rfloordiv"),
-):
-    setattr(AdaptedWeight, f"__{_name}__", _operator(f"__{_name}__"))
-
-_SAME = {"shape", "dtype", "device", "ndim", "size", "dim"}
-"""What the frozen weight tells of the adapted one."""
-
-
-def _embedding(
-    function: Callable[..., Tensor],
+def lookup(
+    site: Site,
+    own: Mapping[str, Any],
+    leaves: Mapping[str, Tensor],
     ids: Tensor,
-    weight: AdaptedWeight,
+    weight: object,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
+    """Look up rows of an adapted table: ``torch.nn.functional.embedding`` without the table.
+
+    Args:
+        site: The site.
+        own: The module's own parameters.
+        leaves: The site's leaves.
+        ids: Ids of any shape.
+        weight: Not used.
+        padding_idx: As in torch.
+        max_norm: As in torch.
+        norm_type: As in torch.
+        scale_grad_by_freq: As in torch.
+        sparse: As in torch.
+
+    Returns:
+        Shape (*ids.shape, d); None if the values of the whole table are needed.
+    """
     if max_norm is not None or scale_grad_by_freq:
         return None
-    n = len(weight.frozen)
-    x = Operand(n, weight.dtype, lambda table, _: function(ids, table.mT))
-    y = weight.apply(Affine(weight.frozen.mT), x)
+    table = own["weight"]
+    n = len(table)
+    rows: Any = Operand(n, table.dtype, lambda M, _: F.embedding(ids, M.mT, padding_idx))
+    y = site.variant.apply(Affine(table.mT), leaves, rows)
     if padding_idx is None:
         return y
     return torch.where((ids == padding_idx % n)[..., None], y.detach(), y)
 
 
 def _convolution(
-    function: Callable[..., Tensor],
-    image: Tensor,
-    weight: AdaptedWeight,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    site: Site, module: Any, own: Mapping[str, Any], leaves: Mapping[str, Tensor], image: Tensor
 ) -> Tensor:
-    frozen, channels = weight.frozen, 1 - weight.ndim
-    W = frozen.flatten(1)
+    frozen, bias = own["weight"], own["bias"]
+    channels, W = 1 - frozen.ndim, frozen.flatten(1)
 
     def product(M: Tensor, bias: Tensor | None) -> Tensor:
         filters = frozen if M is W else M.reshape(-1, *frozen.shape[1:])
-        return function(image, filters, bias, stride, padding, dilation).movedim(channels, -1)
+        return convolve(module, image, filters, bias).movedim(channels, -1)
 
-    y = weight.apply(Affine(W, bias), Operand(W.shape[1], image.dtype, product))
+    patches: Any = Operand(W.shape[1], image.dtype, product)
+    y = site.variant.apply(Affine(W, bias), leaves, patches)
     return y.movedim(-1, channels)
-
-
-_LAYERS: dict[Any, Callable[..., Tensor | None]] = {
-    F.embedding: _embedding,
-    **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
-}

@@ -1,24 +1,38 @@
-"""Writing into the dicts of live modules for a while, and never leaving anything behind."""
+"""Writing into the dicts of live objects for a while, and restoring all of it, whatever happens."""
 
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 _ABSENT = object()
 
-Slot: TypeAlias = tuple[dict[Any, Any], Any, Any]
-"""A dict, a key in it, and the value to put there."""
+Value = TypeVar("Value")
 
 
-class Put:
-    """Write into dicts, and restore what they held: once, and completely, also when interrupted."""
+class Patch(NamedTuple):
+    """A value to write for a while.
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
-        self._slots = slots
-        self._found: list[Slot] = []
+    Attributes:
+        place: A dict, or an object with ``get``, ``pop`` and item assignment.
+        name: The key in it.
+        value: The value.
+    """
+
+    place: Any
+    name: Any
+    value: Any
+
+
+class patched:  # noqa: N801 - a context manager, used like a function
+    """Apply patches, and restore what was there: once and completely, also after an interrupt."""
+
+    def __init__(self, patches: Iterable[tuple[Any, Any, Any]]) -> None:
+        self._patches = patches
+        self._found: list[tuple[Any, Any, Any]] = []
 
     def __enter__(self) -> None:
         try:
-            for place, name, value in self._slots:
+            for place, name, value in self._patches:
                 self._found.append((place, name, place.get(name, _ABSENT)))
                 place[name] = value
         except BaseException:
@@ -29,21 +43,58 @@ class Put:
         self._restore()
 
     def __del__(self) -> None:
-        # an interrupt may come on the way into the block or into __exit__, or even into __init__
-        if hasattr(self, "_found"):
+        # an interrupt may arrive before the block, on the way into __exit__, or in __init__
+        if getattr(self, "_found", None):
             self._restore()
 
     def _restore(self) -> None:
         interrupt: BaseException | None = None
-        while self._found:
+        found = self._found
+        while found:
             try:
-                place, name, value = self._found[-1]
+                place, name, value = found[-1]
                 if value is _ABSENT:
                     place.pop(name, None)
                 else:
                     place[name] = value
-                del self._found[-1]
+                del found[-1]
             except BaseException as error:
                 interrupt = error
         if interrupt is not None:
             raise interrupt
+
+
+class RefCountedSetting(Generic[Value]):
+    """A setting of the whole process that holds while some call needs it; calls may overlap.
+
+    It is the place of a patch: writing a token acquires it, and removing the token releases it. So
+    the interrupt-safe ``patched`` holds settings too. Both steps may be repeated.
+    """
+
+    def __init__(
+        self, read: Callable[[], Value], write: Callable[[Value], object], value: Value
+    ) -> None:
+        self._read, self._write, self._value = read, write, value
+        self._lock = threading.RLock()
+        self._holders: set[object] = set()
+        self._before: list[Value] = []
+
+    def get(self, token: object, default: Any) -> Any:
+        """Return True if the token holds the setting, else the default."""
+        return True if token in self._holders else default
+
+    def __setitem__(self, token: object, held: bool) -> None:
+        with self._lock:
+            if not self._before:
+                self._before.append(self._read())
+            self._holders.add(token)
+            self._write(self._value)
+
+    def pop(self, token: object, default: Any) -> Any:
+        """Release the setting; after the last release its former value returns."""
+        with self._lock:
+            self._holders.discard(token)
+            if not self._holders and self._before:
+                self._write(self._before[0])
+                self._before.clear()
+        return default

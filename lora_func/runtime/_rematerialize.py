@@ -11,16 +11,16 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 Function: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
-def rematerialised(first: Function, again: Function, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Run a function of tensors, of whose intermediate results none is kept for the backward pass.
+def rematerialized(first: Function, again: Function, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Run a function of tensors, and keep none of its intermediate results for the backward pass.
 
     Args:
         first: The function; gives a tuple of tensors.
         again: The same function for repetitions, with the surroundings of the first run.
-        tensors: All that it depends on and that may be differentiated.
+        tensors: All tensors that it depends on and that may need a derivative.
 
     Returns:
-        What it gives.
+        The results of the function.
     """
     outputs: tuple[Tensor, ...] = _Remat.apply(first, again, *tensors)  # type: ignore[no-untyped-call]
     return outputs
@@ -30,7 +30,7 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def forward(first: Function, again: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = {id(tensor) for tensor in tensors}
-        # autograd does not save an input that is an output
+        # autograd cannot save an output that is an input
         return tuple(o.view_as(o) if id(o) in inputs else o for o in first(*tensors))
 
     @staticmethod
@@ -53,9 +53,9 @@ class _Remat(torch.autograd.Function):
             return pulled
 
         floats = [gradient for gradient in gradients if _has_derivative(gradient)]
-        # torch.func.grad always asks for a graph of the backward pass: it must keep nothing either
+        # torch.func.grad always records the backward pass, which must keep nothing either
         pulled = dict(
-            zip(wanted, rematerialised(pull_back, pull_back, [*tensors, *floats]), strict=True)
+            zip(wanted, rematerialized(pull_back, pull_back, [*tensors, *floats]), strict=True)
         )
         return None, None, *(pulled.get(i) for i in range(len(tensors)))
 
@@ -66,7 +66,7 @@ class _Remat(torch.autograd.Function):
         def mapped(function: Function) -> Function:
             return torch.vmap(function, in_dims=in_dims[2:], randomness=info.randomness)
 
-        outputs = rematerialised(mapped(first), mapped(again), tensors)
+        outputs = rematerialized(mapped(first), mapped(again), tensors)
         return outputs, (0,) * len(outputs)
 
     @staticmethod
@@ -82,7 +82,7 @@ class _Remat(torch.autograd.Function):
 def _restricted(
     function: Function, places: Sequence[int], count: int
 ) -> Callable[[Sequence[Tensor]], Function]:
-    """Fix all inputs but some, and keep the outputs that have derivatives."""
+    """Fix all inputs except some, and keep the outputs that have derivatives."""
 
     def fix(tensors: Sequence[Tensor]) -> Function:
         def restricted(*moved: Tensor) -> tuple[Tensor, ...]:
@@ -100,18 +100,18 @@ def _has_derivative(tensor: Tensor) -> bool:
 
 
 def surroundings(tensors: Sequence[Tensor]) -> Callable[[], AbstractContextManager[None]]:
-    """Remember the random state and autocast as they are now.
+    """Remember the current random state and autocast.
 
     Args:
-        tensors: Tensors on the devices that matter.
+        tensors: Tensors on the devices whose state is remembered.
 
     Returns:
-        A context manager that brings them back for the length of a block.
+        A context manager that restores them during a block.
     """
     devices, states = get_device_states(*tensors)
     random_state = torch.get_rng_state()
     kinds = {tensor.device.type for tensor in tensors if not tensor.is_meta} | {"cpu"}
-    autocasts = [
+    contexts = [
         torch.autocast(
             kind,
             dtype=torch.get_autocast_dtype(kind),
@@ -127,8 +127,8 @@ def surroundings(tensors: Sequence[Tensor]) -> Callable[[], AbstractContextManag
         with torch.random.fork_rng(devices=devices, device_type=kind), ExitStack() as stack:
             torch.set_rng_state(random_state)
             set_device_states(devices, states, device_type=kind)
-            for autocast in autocasts:
-                stack.enter_context(autocast)
+            for context in contexts:
+                stack.enter_context(context)
             yield
 
     return as_they_were

@@ -2,24 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lora_func.compat import tree_flatten, tree_unflatten
 from lora_func.errors import FoldError
-from lora_func.runtime._frozen import Forward, OtherForward
 from lora_func.runtime._layout import Site
-from lora_func.runtime._selection import refuse_selected
-from lora_func.runtime._sites import leaves_of, named, run_sites, runs_apply
+from lora_func.runtime._overrides import Forward, ForwardOverride, adapted_tensor
+from lora_func.runtime._sites import adapter_names, leaves_of, run_base, run_sites, runs_apply
 from lora_func.runtime._trees import joined, tensors_of
-from lora_func.weights._bitsandbytes import mixes_rows
-from lora_func.weights._layers import affine
+from lora_func.weights import affine, mixes_rows
 
 
 class Rows(NamedTuple):
-    """Whose rows are whose.
+    """Which rows belong to which adapter.
 
     Attributes:
         sizes: The number of adapters in each stack.
@@ -40,9 +38,9 @@ class Part(NamedTuple):
 
     Attributes:
         size: The number of its adapters.
-        sites: Its sites there; none if it leaves the module as it is.
-        params: The stack, (size, ...) each.
-        unused: Its keys, of which those here are struck off when the module runs.
+        sites: Its sites there; empty if it leaves the module unchanged.
+        params: The stack; leaves (size, ...).
+        unused: The keys of the stack that nothing has used.
     """
 
     size: int
@@ -52,13 +50,13 @@ class Part(NamedTuple):
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Together(OtherForward):
-    """Runs a module that several adapters share; every tensor it is called with has its rows first.
+class StackedForward(ForwardOverride):
+    """Runs a module that several adapters share; all its arguments have rows on the first axis.
 
     Attributes:
         path: The module's path, for messages.
         module: The module.
-        rows: Whose rows are whose.
+        rows: Which rows belong to which adapter.
         parts: What each stack does there.
     """
 
@@ -71,11 +69,10 @@ class Together(OtherForward):
         try:
             return self._run(*tree_flatten((args, kwargs)))
         except Exception as error:
-            error.add_note(f"in the {named(site for part in self.parts for site in part.sites)}")
+            error.add_note(f"in the {adapter_names(s for part in self.parts for s in part.sites)}")
             raise
 
     def _run(self, values: list[Any], layout: Any) -> Any:
-        refuse_selected(self.path, values)
         places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
         share = _rows_of_one(self.path, [values[i] for i in places], self.rows)
         sizes = [part.size * share for part in self.parts]
@@ -86,15 +83,30 @@ class Together(OtherForward):
             outputs.append(_run_part(self.path, part, self.module, self.base, share, mine, layout))
         return _joined(outputs)
 
+    def adapt(self, name: str, stored: Any) -> Any:
+        """Refuse code outside the module that computes with an adapted parameter."""
+        sites = [site for part in self.parts for site in part.sites]
+        replaced = {name for site in sites if site.claims for name in site.claims}
+        return adapted_tensor(stored, self._refuse) if name in (replaced or _ADAPTED) else stored
+
+    def _refuse(self) -> NoReturn:
+        raise FoldError(
+            f"{self.path}: the model reads this parameter past its module, where the rows of all "
+            'adapters are together; leave it out, or pass fallback="loop"'
+        )
+
+
+_ADAPTED = ("weight", "bias")
+
 
 @dataclass(slots=True, eq=False, repr=False)
-class Untouched(OtherForward):
-    """Runs a quantised module that several adapters run through and none changes.
+class PassThrough(ForwardOverride):
+    """Runs a quantised module that several adapters share and none changes.
 
     Attributes:
         path: The module's path, for messages.
         module: The module.
-        rows: Whose rows are whose.
+        rows: Which rows belong to which adapter.
     """
 
     path: str
@@ -127,7 +139,7 @@ def _run_part(
     path: str,
     part: Part,
     module: nn.Module,
-    frozen: Forward,
+    base: Forward,
     share: int,
     values: list[Any],
     layout: Any,
@@ -135,17 +147,17 @@ def _run_part(
     mixed = mixes_rows(module, path)
     if not part.sites and not mixed:
         args, kwargs = tree_unflatten(values, layout)
-        return frozen(*args, **kwargs)
+        return run_base(module, base, *args, **kwargs)
     params = {key: part.params[key] for site in part.sites for key in site.keys.values()}
     if part.unused is not None:
-        part.unused.difference_update(params)
+        part.unused.difference_update(*(site.known for site in part.sites))
 
     def one(params: Mapping[str, Tensor], *values: Any) -> Any:
         args, kwargs = tree_unflatten([*values], layout)
         if not part.sites:
-            return frozen(*args, **kwargs)
+            return run_base(module, base, *args, **kwargs)
         leaves = [leaves_of(site, params) for site in part.sites]
-        return run_sites(part.sites, module, leaves, frozen, *args, **kwargs)
+        return run_sites(part.sites, module, leaves, base, *args, **kwargs)
 
     if not part.sites or runs_apply(part.sites, module):
         (x,) = values
@@ -171,5 +183,5 @@ def _run_stack(part: Part, module: nn.Module, x: Tensor) -> Tensor:
 
 def _joined(pieces: Sequence[Any]) -> Any:
     if len(pieces) > 1 and not all(tensor.ndim for tensor in tensors_of(pieces[0])):
-        raise FoldError("an adapted module gives a number, which adapters cannot share")
+        raise FoldError("an adapted module returns a number, which adapters cannot share")
     return joined(pieces)

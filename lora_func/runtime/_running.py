@@ -1,4 +1,4 @@
-"""One adapter at a time for each model: whoever runs the modules sees what was put into them."""
+"""One adapter at a time for each model: everyone who runs the modules sees the injected adapter."""
 
 import copy
 import threading
@@ -9,86 +9,83 @@ from torch import Tensor, nn
 
 from lora_func.errors import BusyModelError
 from lora_func.modules import identities
-from lora_func.runtime._patches import Slot
-from lora_func.weights._bitsandbytes import is_state
+from lora_func.runtime._patches import Patch
+from lora_func.weights import is_quantised_state
 
 
-class Work(Protocol):
-    """What is put into a model for a call, and can be put there again to repeat a part of it."""
-
-    @property
-    def rows(self) -> Any:
-        """Whose rows are whose, if several adapters share the call; else None."""
+class Repeatable(Protocol):
+    """An injection that can be repeated for a part of its call."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """The adapter's tensors."""
 
-    def below(self, module: nn.Module | None) -> "Work":
-        """Return the part of the work that goes into one module of the model; None is all."""
+    def below(self, module: nn.Module | None) -> "Repeatable":
+        """Return the part that goes into one module of the model; None means all of it."""
 
-    def redo(
+    def repeat(
         self,
         tensors: Sequence[Tensor] | None,
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Call a function while the work is in the model, with other tensors if there are some."""
+        """Call a function while the adapter is injected, with other tensors if they are given."""
 
 
-class Run(NamedTuple):
-    """An adapter at work.
+class ActiveCall(NamedTuple):
+    """A call that has an adapter injected.
 
     Attributes:
         sites: The ids of the modules that run another forward.
         modules: The ids of all modules of the model.
-        origin: Who runs; a repeated part of a call has the origin of the call.
-        work: What was put into the model, if it can be put there again.
-        thread: The thread in which it runs.
+        origin: The call; a repeated part of a call has the origin of that call.
+        injection: The injection, if it can be repeated.
+        thread: The thread that runs it.
     """
 
     sites: frozenset[int]
     modules: frozenset[int]
     origin: object
-    work: Work | None = None
+    injection: Repeatable | None = None
     thread: int = 0
 
-    def disturbs(self, other: "Run") -> bool:
-        """Tell whether either would see what the other put into the modules."""
+    def disturbs(self, other: "ActiveCall") -> bool:
+        """True if one of the two calls would see what the other injected."""
         if self.origin is other.origin:
             return False
         return not (self.sites.isdisjoint(other.modules) and other.sites.isdisjoint(self.modules))
 
 
-running: dict[object, Run] = {}
-"""The adapters at work in this process, in the order in which they began; by a token each."""
+active: dict[object, ActiveCall] = {}
+"""The active calls of this process by their tokens, in the order in which they began."""
 
 
-def runs_here() -> list[Run]:
-    """Return the runs of this thread that can be repeated, in the order in which they began."""
+def calls_here() -> list[ActiveCall]:
+    """Return the active calls of this thread that can be repeated, in the order of their begin."""
     here = threading.get_ident()
-    return [run for run in [*running.values()] if run.work is not None and run.thread == here]
+    return [call for call in [*active.values()] if call.injection and call.thread == here]
 
 
-def is_running(origin: object) -> bool:
-    """Tell whether what an origin put into its model is there now."""
-    return any(run.origin is origin for run in [*running.values()])
+def is_active(origin: object) -> bool:
+    """True if the injection of an origin is in its model now."""
+    calls = [*active.values()]
+    return any(call.origin is origin and call.injection is not None for call in calls)
 
 
-def refuse_others(mine: object) -> None:
-    """Give way to whoever began before.
+def check_first(token: object) -> None:
+    """Check that no call that began earlier uses the same modules.
 
     Args:
-        mine: Token of an entry in ``running``.
+        token: Token of an entry in ``active``.
 
     Raises:
-        BusyModelError: If an earlier adapter is at work in the same modules, in whatever thread.
+        BusyModelError: If an earlier call, of any thread, uses them.
     """
-    for token, run in [*running.items()]:
-        if token is mine:
+    for other, call in [*active.items()]:
+        if other is token:
             return
-        if run.disturbs(running[mine]):
+        if call.disturbs(active[token]):
             raise BusyModelError(
                 "this model is running with an adapter, in another thread or around this call, and "
                 "it holds one at a time; use a copy of its modules over the same tensors, made "
@@ -96,46 +93,46 @@ def refuse_others(mine: object) -> None:
             )
 
 
-def quiet_slots(model: nn.Module, origin: object) -> Iterator[Slot]:
-    """Say what to write where to take a model for oneself, and to put it into eval mode.
+def eval_patches(model: nn.Module, origin: object) -> Iterator[Patch]:
+    """Yield patches that reserve a model and put it into eval mode.
 
     Args:
         model: The model.
-        origin: Whose runs it may still be used by.
+        origin: The call for which the model is reserved.
 
     Yields:
-        Slots. Whoever runs the model gets a ``BusyModelError`` before its mode is changed.
+        Patches. A model that is running raises ``BusyModelError`` before its mode changes.
     """
     token, modules = object(), identities(model)
-    yield running, token, Run(modules, modules, origin)
-    refuse_others(token)
-    yield from ((vars(module), "training", False) for module in model.modules())
+    yield Patch(active, token, ActiveCall(modules, modules, origin))
+    check_first(token)
+    yield from (Patch(vars(module), "training", False) for module in model.modules())
 
 
-def refuse_running(model: nn.Module, reason: str) -> None:
-    """Refuse a model that is running with an adapter.
+def check_idle(model: nn.Module, advice: str) -> None:
+    """Check that a model does not run with an adapter.
 
     Args:
         model: The model.
-        reason: Why, and what to do.
+        advice: Why it may not, and what to do.
 
     Raises:
-        BusyModelError: If it is.
+        BusyModelError: If it does.
     """
-    itself = Run(frozenset(), identities(model), None)
-    if any(run.disturbs(itself) for run in [*running.values()]):
-        raise BusyModelError(f"{type(model).__name__}: is running with an adapter; {reason}")
+    itself = ActiveCall(frozenset(), identities(model), None)
+    if any(call.disturbs(itself) for call in [*active.values()]):
+        raise BusyModelError(f"{type(model).__name__}: is running with an adapter; {advice}")
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """Copy a model's modules over the same tensors, so that each copy can hold an adapter.
+    """Copy a model's modules over the same tensors, so that each copy can hold its own adapter.
 
     Args:
         model: The model; not inside ``adapted`` or ``fcall``.
 
     Returns:
-        A module tree of its own that shares parameters, buffers, tensor attributes and what belongs
-        to quantised weights.
+        A new module tree that shares parameters, buffers, tensor attributes and the state of
+        quantised weights.
 
     Raises:
         BusyModelError: If the model is running with an adapter.
@@ -146,9 +143,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         >>> lf.skeleton(model)[0].weight is model[0].weight
         True
     """
-    refuse_running(model, "a copy would keep it; make the skeletons first")
+    check_idle(model, "a copy would keep it; make the skeletons first")
     attributes = [value for module in model.modules() for value in vars(module).values()]
-    held = [value for value in attributes if isinstance(value, Tensor) or is_state(value)]
+    held = [v for v in attributes if isinstance(v, Tensor) or is_quantised_state(v)]
     shared: dict[int, Any] = {
         id(value): value for value in (*held, *model.parameters(), *model.buffers())
     }

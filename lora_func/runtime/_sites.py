@@ -1,114 +1,150 @@
-"""How an adapted site computes."""
+"""How an adapted module computes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lora_func.runtime._frozen import Forward, OtherForward, Watched, frozen_parameters
-from lora_func.runtime._layout import Plan, Site
-from lora_func.runtime._operands import AdaptedWeight, multiplies
-from lora_func.runtime._patches import Put
-from lora_func.runtime._views import new_bias, new_weight
-from lora_func.weights._bitsandbytes import is_quantised
-from lora_func.weights._layers import (
+from lora_func.compat import PARAMETERS
+from lora_func.modules import inner_parameters, original_parameters
+from lora_func.runtime._layout import ModelLayout, Site
+from lora_func.runtime._operands import lookup, run_by_products, runs_by_products
+from lora_func.runtime._overrides import Forward, ForwardOverride, adapted_tensor
+from lora_func.runtime._patches import patched
+from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias
+from lora_func.weights import (
     affine,
-    bias_name,
+    check_not_computed,
     dense,
+    is_quantised,
     is_stack,
     matrix,
-    refuse_computed,
-    stored,
+    restore_layout,
 )
 
 
-def refuse_other_axes(plan: Plan, params: Mapping[str, Tensor]) -> None:
-    """Refuse a stack of adapters where one is wanted; its axis might pass for that of a batch.
+def check_single_axes(layout: ModelLayout, params: Mapping[str, Tensor]) -> None:
+    """Check that leaves are those of one adapter: the axis of a stack could pass for the batch's.
 
     Raises:
-        ValueError: If a leaf has other axes than its variant says.
+        ValueError: If a leaf has other axes than its variant names.
     """
-    for key, axes in plan.axes.items():
-        if params[key].ndim != len(axes):
+    for key, ndims in layout.ndims.items():
+        if params[key].ndim not in ndims:
             raise ValueError(
-                f"{key}: got shape {tuple(params[key].shape)}, expected ({', '.join(axes)}); a "
+                f"{key}: got shape {tuple(params[key].shape)}, expected {_axes_of(layout, key)}; a "
                 "stack goes through torch.vmap or vcall"
             )
 
 
-def leaves_of(
-    site: Site, params: Mapping[str, Tensor], unused: set[str] | None = None
-) -> Mapping[str, Tensor]:
-    """Return the leaves of a site, its constants detached.
+def _axes_of(layout: ModelLayout, key: str) -> str:
+    """The axes of a leaf, for messages."""
+    site = next(site for site in layout.sites if key in site.keys.values())
+    leaf = next(leaf for leaf, its_key in site.keys.items() if its_key == key)
+    axes = site.variant.axes[leaf]
+    front = layout.ndims[key][0] - len(axes[0])
+    return " or ".join(f"({', '.join((*['n'] * front, *words))})" for words in axes)
+
+
+def leaves_of(site: Site, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the leaves of a site, with its constants detached.
 
     Args:
         site: The site.
         params: The adapter.
-        unused: Keys, of which those are struck off that are read.
     """
     leaves = {leaf: params[key] for leaf, key in site.keys.items()}
     for leaf in leaves:
         if leaf[0] == "_":
             leaves[leaf] = leaves[leaf].detach()
-    if unused is None:
-        return leaves
-    return Watched(leaves, site.reads, unused)
+    return leaves
 
 
 def run_sites(
     sites: Sequence[Site],
     module: nn.Module,
     leaves: Sequence[Mapping[str, Tensor]],
-    frozen: Forward,
+    base: Forward,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """Run a module with one adapter.
 
     Args:
-        sites: The module's sites: one, or several of which each has parameters of its own.
+        sites: The module's sites: one, or several with different parameters.
         module: The module.
         leaves: The leaves of each site.
-        frozen: The module's own forward.
-        *args: What the module was called with.
-        **kwargs: The same.
+        base: What the module runs without an adapter.
+        *args: The arguments of the module.
+        **kwargs: The keyword arguments of the module.
 
     Returns:
-        What the adapted module gives.
+        What the adapted module returns.
     """
     if runs_apply(sites, module):
         (x,), (site,) = (*args, *kwargs.values()), sites
         return site.variant.apply(affine(module, site.path), leaves[0], x)
-    own: Any = module._parameters
-    replaced: dict[str, Any] = {}
+    own = inner_parameters(module)
+    if len(sites) == 1 and runs_by_products(sites[0], module):
+        (x,) = (*args, *kwargs.values())
+        return run_by_products(sites[0], module, own, leaves[0], x)
+    replaced: dict[str, Tensor] = {}
     for site, of_it in zip(sites, leaves, strict=True):
-        new = _standing_in if multiplies(site, module) else effective
-        replaced |= new(site, module, own, of_it)
-    with Put((own, name, tensor) for name, tensor in replaced.items()):
-        return frozen(*args, **kwargs)
+        replaced |= _table(site, own, of_it) or effective_parameters(site, own, of_it)
+    return run_base(module, base, *args, replaced=replaced, **kwargs)
 
 
-def _standing_in(
-    site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
-) -> dict[str, AdaptedWeight]:
-    base = {**own}
+def _table(
+    site: Site, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """The table of a subclass of ``nn.Embedding``, which its forward may only look up rows of."""
+    is_table = isinstance(site.module, nn.Embedding) and site.parameter == "weight"
+    if not is_table or not site.variant.products_only or torch.compiler.is_compiling():
+        return None
 
-    def whole() -> Tensor:
-        return effective(site, module, base, leaves)["weight"]
+    def compute() -> Tensor:
+        return effective_parameters(site, own, leaves)["weight"]
 
-    return {"weight": AdaptedWeight(site, own["weight"], leaves, whole)}
+    rows = partial(lookup, site, own, leaves)
+    return {"weight": adapted_tensor(own["weight"], compute, rows)}
+
+
+def run_base(
+    module: nn.Module,
+    base: Forward,
+    *args: Any,
+    replaced: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run a module's own forward, which reads its parameters by name.
+
+    Args:
+        module: The module.
+        base: Its forward.
+        *args: The arguments of the module.
+        replaced: Parameters to replace while it runs, by name.
+        **kwargs: The keyword arguments of the module.
+
+    Returns:
+        What the forward returns.
+    """
+    own = {**inner_parameters(module), **(replaced or {})}
+    with patched([(vars(module), PARAMETERS, own)]):
+        return base(*args, **kwargs)
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Solo(OtherForward):
-    """Runs a module with one adapter; an object, since the compiler writes into no loose set.
+class SingleForward(ForwardOverride):
+    """Runs a module with one adapter.
 
     Attributes:
         module: The module.
         sites: Its sites.
         params: The adapter.
-        unused: Its keys, of which those are struck off that are read.
+        unused: The keys that nothing has used; this removes those of its sites.
     """
 
     module: nn.Module
@@ -118,14 +154,31 @@ class Solo(OtherForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            leaves = [leaves_of(site, self.params, self.unused) for site in self.sites]
+            if self.unused:
+                for site in self.sites:
+                    self.unused.difference_update(site.known)
+            leaves = [leaves_of(site, self.params) for site in self.sites]
             return run_sites(self.sites, self.module, leaves, self.base, *args, **kwargs)
         except Exception as error:
-            error.add_note(f"in the {named(self.sites)}")
+            error.add_note(f"in the {adapter_names(self.sites)}")
             raise
 
+    def adapt(self, name: str, stored: Any) -> Any:
+        """Give code outside the module the adapted parameter in place of a stored one."""
+        if name in ("weight", "bias"):
+            return adapted_tensor(stored, lambda: self._adapted(name))
+        return stored
 
-def named(sites: Iterable[Site]) -> str:
+    def _adapted(self, name: str) -> Tensor:
+        own, new = inner_parameters(self.module), dict[str, Tensor]()
+        for site in self.sites:
+            base = dense_parameters(site) if is_quantised(self.module) else own
+            new |= effective_parameters(site, base, leaves_of(site, self.params))
+        found: Tensor = new.get(name, own[name])
+        return found
+
+
+def adapter_names(sites: Iterable[Site]) -> str:
     """Name the adapters of a module, for messages."""
     variants = {site.variant.name: None for site in sites}
     paths = {site.path: None for site in sites}
@@ -133,38 +186,35 @@ def named(sites: Iterable[Site]) -> str:
 
 
 def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
-    """Tell whether a variant's ``apply`` does what the adapted module does."""
+    """True if the variant's ``apply`` replaces the module's forward."""
     (site, *more) = sites
     plain = type(module) is nn.Linear or is_quantised(module)
-    own = site.variant.parameters is None or plain
-    return site.parameter is None and own and not more
+    return site.parameter is None and (site.variant.parameters is None or plain) and not more
 
 
-def dense_parameters(path: str, module: nn.Module) -> dict[str, Any]:
-    """Return a module's own parameters, detached, and dequantised if they are quantised.
-
-    Args:
-        path: Its path, for messages.
-        module: The module.
-
-    Returns:
-        The parameters by name; None for what it has not.
-    """
-    own = frozen_parameters(module)
-    base = {name: None if p is None else p.detach() for name, p in own.items()}
-    if is_quantised(module):
-        base["weight"] = dense(affine(module, path))
-    return base
-
-
-def effective(
-    site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the parameters with which a module computes what the adapted one does.
+def dense_parameters(site: Site) -> dict[str, Any]:
+    """Return the parameters of a site's module without an adapter, detached and dequantised.
 
     Args:
         site: The site.
-        module: Its module.
+
+    Returns:
+        The parameters by name; None for a missing one.
+    """
+    own = original_parameters(site.module)
+    base = {name: None if p is None else p.detach() for name, p in own.items()}
+    if is_quantised(site.module):
+        base["weight"] = dense(affine(site.module, site.path))
+    return base
+
+
+def effective_parameters(
+    site: Site, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Compute the parameters with which a module does what the adapted module does.
+
+    Args:
+        site: The site.
         own: The module's own parameters.
         leaves: The site's leaves.
 
@@ -172,19 +222,19 @@ def effective(
         The parameters that differ, by name.
 
     Raises:
-        TypeError: If the variant has no weight to put there.
-        ValueError: If a leaf has not its parameter's shape.
+        TypeError: If the variant has no weight.
+        ValueError: If a leaf has another shape than its parameter.
     """
-    name = site.parameter or "weight"
+    module, name = site.module, site.parameter or "weight"
     if site.variant.parameters is not None:
         replaced = site.variant.parameters(own, leaves)
     else:
-        refuse_computed(site.path, own, name)
+        check_not_computed(site.path, own, name)
         W = matrix(module, own, name)
-        replaced = {name: stored(module, own, name, new_weight(site, W, leaves))}
-        bias = new_bias(site, W.bias, leaves, is_stack(W))
+        replaced = {name: restore_layout(module, own, name, adapted_weight(site, W, leaves))}
+        bias = adapted_bias(site, W.bias, leaves, is_stack(W))
         if bias is not None:
-            replaced[place_for_bias(site, own, name)] = bias.to(W.dtype)
+            replaced[name_for_bias(site, own, name)] = bias.to(W.dtype)
     for name, tensor in replaced.items():
         if own[name] is not None and tensor.shape != own[name].shape:
             raise ValueError(
@@ -192,25 +242,3 @@ def effective(
                 f"has {tuple(own[name].shape)}; a stack goes through torch.vmap or vcall"
             )
     return replaced
-
-
-def place_for_bias(site: Site, own: Mapping[str, Any], name: str) -> str:
-    """Name the parameter, possibly None, into which a variant puts its bias.
-
-    Args:
-        site: The site.
-        own: The parameters of its module.
-        name: The parameter that is its weight.
-
-    Returns:
-        The name.
-
-    Raises:
-        TypeError: If the module has none.
-    """
-    beside = bias_name(own, name)
-    if beside is None:
-        raise TypeError(
-            f"{site.path}: {site.variant.name} gives it a bias, for which its module has no place"
-        )
-    return beside

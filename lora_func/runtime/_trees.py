@@ -1,11 +1,12 @@
-"""Trees of tensors: batches, outputs, and whatever goes into a call."""
+"""Trees of tensors: batches, outputs, and arguments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from lora_func.compat import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -14,19 +15,19 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def stacked(trees: Sequence[Any]) -> Any:
-    """Stack the tensors of trees that are alike; what is no tensor comes from the first."""
+    """Stack the tensors of trees of one structure; other values come from the first tree."""
     return _over_tensors(torch.stack, trees)
 
 
 def unstacked(tree: Any, size: int) -> list[Any]:
-    """Undo ``stacked``; indexing would give a gradient of the size of all for each of them."""
+    """Undo ``stacked``; indexing would make a gradient of the full size for each tree."""
     leaves, layout = tree_flatten(tree)
     parts = [leaf.unbind() if isinstance(leaf, Tensor) else [leaf] * size for leaf in leaves]
     return [tree_unflatten([part[k] for part in parts], layout) for k in range(size)]
 
 
 def joined(trees: Sequence[Any]) -> Any:
-    """Join the tensors of trees that are alike along their first axis."""
+    """Concatenate the tensors of trees of one structure along their first axis."""
     return trees[0] if len(trees) == 1 else _over_tensors(torch.cat, trees)
 
 

@@ -1,16 +1,14 @@
-"""The adapter axis folded into the rows of a batch, and unfolded from what a model gives."""
+"""Folding the adapter axis into the rows of a batch, and unfolding it from an output."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
+from lora_func.compat import is_cache, tree_flatten, tree_map, tree_map_only, tree_unflatten
 from lora_func.errors import FoldError
-from lora_func.runtime._batch import LossFn, arguments, result
-from lora_func.runtime._losses import is_split
-from lora_func.runtime._trees import stacked, tensors_of, unstacked
+from lora_func.runtime import LossFn, arguments, result, stacked, tensors_of, unstacked
 
 
 def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
@@ -19,7 +17,7 @@ def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
     Args:
         batch: As for ``vcall``.
         batched: Whether each adapter has its own.
-        at: Whose.
+        at: The index of the adapter, or a slice.
     """
     if not batched:
         return batch
@@ -27,7 +25,7 @@ def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
 
 
 def copied(batch: Any) -> Any:
-    """Return a batch into which a model may write."""
+    """Return a copy of a batch, which a model may write to."""
     return tree_map_only(Tensor, torch.clone, _plain(batch))
 
 
@@ -35,15 +33,15 @@ def _plain(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
-def refuse_other_axes(batch: Any, adapters: int) -> None:
-    """Refuse a batch that is none for each adapter.
+def check_batched_axes(batch: Any, adapters: int) -> None:
+    """Check that a batch holds one batch for each adapter.
 
     Args:
         batch: As for ``vcall`` with ``batched=True``.
-        adapters: How many there are.
+        adapters: The number of adapters.
 
     Raises:
-        ValueError: If a tensor has not the axes (adapters, rows, ...).
+        ValueError: If a tensor has other axes than (adapters, rows, ...).
     """
     shapes = [tuple(tensor.shape) for tensor in tensors_of(arguments(batch))]
     if any(len(shape) < 2 or shape[0] != adapters for shape in shapes):
@@ -58,21 +56,21 @@ def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]
 
     Args:
         batch: As for ``vcall``.
-        adapters: How many there are.
-        batched: Whether each has a batch of its own.
+        adapters: The number of adapters.
+        batched: Whether each adapter has its own batch.
 
     Returns:
         Positional arguments, keyword arguments, and the number of rows of each adapter.
 
     Raises:
-        FoldError: If a tensor has its rows elsewhere than on the first axis.
+        FoldError: If the tensors have no common number of rows on their first axis.
     """
     values, layout = tree_flatten(arguments(batch))
     own = 1 if batched else 0
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
     shapes = [tuple(values[i].shape) for i in places]
     counts = {shape[own] for shape in shapes}
-    # one row for everybody, such as positions, is left to broadcasting
+    # a single row for all, such as positions, is broadcast
     rows = max(counts, default=0)
     if not counts or not counts <= {rows, 1}:
         raise FoldError(
@@ -90,20 +88,27 @@ def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]
 
 
 def results(
-    output: Any, batch: Any, adapters: int, rows: int, batched: bool, loss_fn: LossFn | None
+    output: Any,
+    batch: Any,
+    adapters: int,
+    rows: int,
+    batched: bool,
+    loss_fn: LossFn | None,
+    split: Sequence[Tensor],
 ) -> Any:
-    """Return for each adapter what ``fcall`` would return for it, stacked.
+    """Return the stacked results that ``fcall`` would give for each adapter.
 
     Args:
-        output: What the model gave for all rows.
+        output: The model's output for all rows.
         batch: As for ``vcall``.
-        adapters: How many there are.
-        rows: How many rows each of them has.
-        batched: Whether each has a batch of its own.
+        adapters: The number of adapters.
+        rows: The number of rows of each adapter.
+        batched: Whether each adapter has its own batch.
         loss_fn: As for ``fcall``.
+        split: Losses that have one number for each adapter.
 
     Raises:
-        FoldError: If the adapters' shares cannot be told apart.
+        FoldError: If the shares of the adapters cannot be separated.
     """
     if getattr(output, "aux_loss", None) is not None:
         raise FoldError(
@@ -111,25 +116,26 @@ def results(
             "(output_router_logits=False)"
         )
     loss = getattr(output, "loss", None)
+    numbers = split if loss is None else [*split, loss]
     if loss_fn is None:
-        return unfold(result(output, batch, None), adapters, rows, loss)
-    output = unfold(output, adapters, rows, loss)
+        return unfold(result(output, batch, None), adapters, rows, numbers)
+    output = unfold(output, adapters, rows, numbers)
     outputs = unstacked(output, adapters)
     return stacked([loss_fn(own, batch_of(batch, batched, k)) for k, own in enumerate(outputs)])
 
 
-def unfold(output: Any, adapters: int, rows: int, loss: Tensor | None) -> Any:
-    """Give a model's output an axis for the adapters in front.
+def unfold(output: Any, adapters: int, rows: int, numbers: Sequence[Tensor]) -> Any:
+    """Give a model's output an axis of adapters in front.
 
     Args:
-        output: What the model gave for all rows.
-        adapters: How many there are.
-        rows: How many rows each of them has.
-        loss: The part of it that is its loss, if it says so.
+        output: The model's output for all rows.
+        adapters: The number of adapters.
+        rows: The number of rows of each adapter.
+        numbers: The parts of it that have one number for each adapter.
 
     Returns:
-        The same with tensors of shape (adapters, rows, ...); (adapters,) for what is one number for
-        each adapter already, such as a loss. A cache of keys and values is left out.
+        The same with tensors of shape (adapters, rows, ...); (adapters,) for a part with one
+        number for each adapter, such as a loss. Caches of keys and values are left out.
 
     Raises:
         FoldError: If a part is neither a tensor with rows nor a plain value.
@@ -140,16 +146,16 @@ def unfold(output: Any, adapters: int, rows: int, loss: Tensor | None) -> Any:
             return value
         if not isinstance(value, Tensor):
             raise FoldError(
-                f"the model gives a {type(value).__name__}, of which the parts are unknown; "
+                f"the model gives a {type(value).__name__}, whose parts are unknown; "
                 "register it with torch.utils._pytree.register_pytree_node"
             )
-        numbers = rows != 1 or value is loss or is_split(value)
-        if value.shape == (adapters,) and numbers:
+        is_number = rows != 1 or any(value is number for number in numbers)
+        if value.shape == (adapters,) and is_number:
             return value
         if not value.ndim or value.shape[0] % max(adapters * rows, 1):
             raise FoldError(
                 f"the model gives a tensor of shape {tuple(value.shape)} over the rows of "
-                f"{adapters} adapters, which cannot be told apart; if it is a loss, pass loss_fn, "
+                f"{adapters} adapters, which cannot be separated; if it is a loss, pass loss_fn, "
                 "and leave the labels out of what the model sees"
             )
         return value.reshape(adapters, value.shape[0] // adapters, *value.shape[1:])
@@ -159,15 +165,11 @@ def unfold(output: Any, adapters: int, rows: int, loss: Tensor | None) -> Any:
 
 def without_caches(output: Any) -> Any:
     """Leave transformers' caches of keys and values out."""
-
-    def is_cache(value: Any) -> bool:
-        return type(value).__module__.startswith("transformers.cache_utils")
-
     return tree_map(lambda value: None if is_cache(value) else value, output)
 
 
 def of_adapter(output: Any, k: int | slice) -> Any:
-    """Return the part of one adapter, or of several, of what has them on the first axis."""
+    """Return the part of one adapter, or of several, of tensors with adapters on the first axis."""
     return tree_map_only(Tensor, lambda value: value[k], output)
 
 

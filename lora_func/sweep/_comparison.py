@@ -1,27 +1,28 @@
-"""Whether two results are the same but for rounding."""
+"""Comparing two results up to rounding."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+
+from lora_func.compat import tree_flatten
 
 
-def difference(ours: Any, theirs: Any, precision: float) -> str | None:
-    """Tell how two results differ, if by more than rounding.
+def difference(found: Any, expected: Any, precision: float) -> str | None:
+    """Describe how two results differ by more than rounding.
 
     Args:
-        ours: One; a part that it leaves out may be anything.
-        theirs: The other.
-        precision: The coarsest epsilon with which something was computed.
+        found: One result; a part that is None may be anything.
+        expected: The other result.
+        precision: The largest epsilon of the dtypes that computed them.
 
     Returns:
-        The difference in words, or None.
+        The difference in words; None if there is none.
     """
-    (ours, layout), (theirs, other) = tree_flatten(ours), tree_flatten(theirs)
+    (values, layout), (others, other) = tree_flatten(found), tree_flatten(expected)
     if layout != other:
         return f"{layout}, {other}"
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(values, others, strict=True):
         if not isinstance(b, Tensor):
             if a is not None and a != b:
                 return f"{a}, {b}"
@@ -29,7 +30,7 @@ def difference(ours: Any, theirs: Any, precision: float) -> str | None:
             return f"{a.dtype} {tuple(a.shape)}, {b.dtype} {tuple(b.shape)}"
         elif not (b.is_floating_point() or b.is_complex()):
             if not torch.equal(a, b):
-                return f"other {b.dtype}s"
+                return f"different {b.dtype}s"
         elif (off := _relative_error(a, b)) > _rounding(b, precision):
             return f"off by {off:.1e} of its norm"
     return None
@@ -43,7 +44,7 @@ def _relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def _rounding(tensor: Tensor, precision: float) -> float:
-    """What kernels for more rows may round otherwise; in half precision they do so a lot."""
+    """The relative error that kernels for more rows may have; large in half precision."""
     single = torch.finfo(torch.float32).eps
     eps = max(precision, torch.finfo(tensor.dtype).eps)
     return eps**0.5 if eps > single else (200 if tensor.ndim else 20) * single

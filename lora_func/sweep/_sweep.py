@@ -6,14 +6,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter._keys import partition
-from lora_func.adapter._stack import size_of
+from lora_func.adapter import partition, size_of
 from lora_func.checks import check_choice, check_count, check_number
-from lora_func.runtime._batch import LossFn
-from lora_func.runtime._trees import joined
-from lora_func.runtime._trees import stacked as stacked_trees
-from lora_func.sweep._batching import batch_of, refuse_other_axes
-from lora_func.sweep._verification import Sweep, require_proof
+from lora_func.errors import FoldError
+from lora_func.runtime import LossFn, joined
+from lora_func.runtime import stacked as stacked_trees
+from lora_func.sweep._batching import batch_of, check_batched_axes
+from lora_func.sweep._verification import Sweep, verify
 
 Stack: TypeAlias = Mapping[str, Tensor]
 
@@ -32,40 +31,41 @@ def vcall(
 ) -> Any:
     """Call a frozen model with K adapters at once.
 
-    It means ``torch.vmap(fcall, in_dims=(None, 0, None))`` and gives the same numbers, but folds
-    the adapters into the rows of the batch: the base runs once on K times the rows, untransformed,
-    and only the adapters themselves are batched. So fused attention, padding masks, checkpointing
-    and dropout (of its own for each adapter) work as in a plain call.
+    ``vcall`` means ``torch.vmap(fcall, in_dims=(None, 0, None))`` and gives the same numbers. It
+    folds the adapters into the rows of the batch: the base runs once on K times the rows, without a
+    transform, and only the adapters are batched. So fused attention, padding masks, checkpointing
+    and dropout (drawn for each adapter) work as in a plain call.
 
-    The losses are independent: take gradients of their sum, never of their mean.
+    The losses are independent: take gradients of their sum, not of their mean.
 
     Args:
         model: The model. Its rows must not depend on each other.
-        stacked: What ``stack`` made; or several stacks, of whatever variants, whose adapters come
-            one after another.
-        batch: As for ``fcall``, with the rows on the first axis of every tensor; a tensor with one
-            row is for all.
-        loss_fn: Called as ``loss_fn(output, batch)`` for each adapter, with what the model would
-            have given for it alone.
-        batched: Whether each adapter has a batch of its own: tensors (K, rows, ...).
+        stacked: A result of ``stack``; or several of them, of any variants, whose adapters follow
+            one another.
+        batch: As for ``fcall``, with the rows on the first axis of every tensor; a tensor with a
+            single row is shared by all rows.
+        loss_fn: Called as ``loss_fn(output, batch)`` for each adapter, with the output that the
+            model would give for it alone.
+        batched: Whether each adapter has its own batch: tensors (K, rows, ...).
         chunk: How many adapters to run at a time, to save memory; None for all.
-        check: "first": compare the first call of a model with adapters of these keys and a batch of
-            these parts with solo runs, of the first and the last adapter of each stack, in eval
-            mode, with random leaves. "never": trust that the model keeps its rows apart, as is
-            done while compiling.
-        fallback: What to do where the adapters cannot share a call: "raise", or "loop" over them.
+        check: "first": compare the first call with adapters of these keys and a batch of this kind
+            with solo runs, of the first and the last adapter of each stack, in eval mode, with
+            perturbed leaves. "never": trust that the model keeps its rows apart, as is done while
+            compiling.
+        fallback: What to do if the adapters cannot share a call: "raise" the ``FoldError``, or
+            "loop" over the adapters. Other errors are always raised.
         strict: As for ``fcall``.
 
     Returns:
-        For each adapter what ``fcall`` returns for it alone, stacked: losses (K,); outputs with an
-        axis K in front where there is neither a loss nor a loss_fn.
+        The stacked results of ``fcall`` for each adapter: losses (K,); outputs with an axis K in
+        front if there is neither a loss nor a loss_fn.
 
     Raises:
-        FoldError: If the adapters cannot share a call, because the model mixes rows, reads an
-            adapted parameter past its module, or has rows elsewhere than on the first axis.
+        FoldError: If the adapters cannot share a call: the model mixes rows, reads an adapted
+            parameter past its module, or has rows on another axis than the first.
         RuntimeError: If a first call would have to be checked inside ``torch.vmap``.
-        ValueError: If stacked is no stack, chunk is less than 1, or a tensor of a batch for each
-            adapter has not K in front.
+        ValueError: If stacked is no stack, chunk is less than 1, or a tensor of a batched batch
+            does not have K in front.
 
     Example:
         >>> import torch, lora_func as lf
@@ -87,7 +87,7 @@ def vcall(
     if not sum(sizes):
         raise ValueError("stacked: got no adapter")
     if batched:
-        refuse_other_axes(batch, sum(sizes))
+        check_batched_axes(batch, sum(sizes))
     pieces = []
     for share, of_each, place in _shares(stacks, sizes, chunk or sum(sizes)):
         own = batch_of(batch, batched, place)
@@ -99,7 +99,7 @@ def vcall(
 def _shares(
     stacks: Sequence[Stack], sizes: Sequence[int], chunk: int
 ) -> Iterator[tuple[list[Stack], tuple[int, ...], slice]]:
-    """The adapters that run together, how many are of each stack, and their place among all."""
+    """The adapters of each chunk, how many are of each stack, and their place among all."""
     for start in range(0, sum(sizes), chunk):
         stop, first = min(start + chunk, sum(sizes)), 0
         share: list[tuple[Stack, int]] = []
@@ -117,16 +117,16 @@ def _run(sweep: Sweep, check: str, fallback: str) -> Any:
     if sweep.size > 1:
         try:
             if check == "first" and not torch.compiler.is_compiling():
-                require_proof(sweep)
+                verify(sweep)
             return sweep.together()
-        except Exception:
+        except FoldError:
             if fallback == "raise":
                 raise
     return stacked_trees([sweep.alone(k) for k in range(sweep.size)])
 
 
 def clip_grad_norm(adapters: Stack | Sequence[Stack], max_norm: float) -> Tensor:
-    """Scale the gradients of each adapter down to a norm, each by itself.
+    """Scale the gradients of each adapter down to a norm, adapter by adapter.
 
     Args:
         adapters: Adapters whose leaves have gradients, or one stack of them; of several stacks

@@ -1,29 +1,37 @@
-"""One call for several adapters, and the proof that a model lets them share it."""
+"""One call for several adapters, and the verification that a model keeps their rows apart."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from lora_func.adapter._keys import parse
-from lora_func.errors import FoldError
-from lora_func.modules import uncompiled
-from lora_func.runtime._batch import LossFn, arguments
-from lora_func.runtime._call import call
-from lora_func.runtime._frozen import frozen_parameters, refuse_unused, shared_parameters
-from lora_func.runtime._injection import Injection, injection
-from lora_func.runtime._layout import Plan, plan_of
-from lora_func.runtime._losses import CompiledLossesApart
-from lora_func.runtime._patches import Put
-from lora_func.runtime._rows import Rows
-from lora_func.runtime._running import quiet_slots
-from lora_func.runtime._selection import Selections
-from lora_func.runtime._transforms import active_transforms
-from lora_func.runtime._trees import tensors_of
+from lora_func.adapter import parse
+from lora_func.compat import (
+    active_transforms,
+    mixes_rows_in_training,
+    tree_flatten,
+    uncompiled,
+)
+from lora_func.errors import BusyModelError, FoldError, UnusedLeafError
+from lora_func.modules import original_parameters, shared_parameters
+from lora_func.runtime import (
+    LossFn,
+    ModelLayout,
+    Rows,
+    Site,
+    arguments,
+    call,
+    check_used,
+    eval_patches,
+    injection,
+    layout_of,
+    patched,
+    present,
+    remember,
+    tensors_of,
+)
 from lora_func.sweep._batching import (
     batch_of,
     copied,
@@ -33,7 +41,7 @@ from lora_func.sweep._batching import (
     without_caches,
 )
 from lora_func.sweep._comparison import difference
-from lora_func.weights._bitsandbytes import packed, unrounded
+from lora_func.weights import packed, without_rounding
 
 
 class Sweep(NamedTuple):
@@ -44,10 +52,10 @@ class Sweep(NamedTuple):
         stacks: The adapters.
         sizes: The number of adapters in each stack.
         batch: As for ``vcall``.
-        batched: Whether each adapter has its own.
+        batched: Whether each adapter has its own batch.
         loss_fn: As for ``fcall``.
         strict: As for ``fcall``.
-        origin: The run that this is a part of, if it is.
+        origin: The call that this is a part of, if it is.
     """
 
     model: nn.Module
@@ -68,24 +76,24 @@ class Sweep(NamedTuple):
         """Run the model once on the rows of all adapters.
 
         Returns:
-            What each adapter would give alone, stacked.
+            The stacked results that each adapter would give alone.
 
         Raises:
             FoldError: If the adapters cannot share a call.
         """
         args, kwargs, rows = fold_batch(self.batch, self.size, self.batched)
-        work = injection(self.model, self.stacks, Rows(self.sizes, rows), origin=self.origin)
-        _refuse_unfoldable(uncompiled(self.model), work.plans)
-        compiling = torch.compiler.is_compiling()
-        with work.inside(), CompiledLossesApart(self.size) if compiling else nullcontext():
-            output = work.call(args, kwargs)
-        _refuse_unread(work)
+        injected = injection(self.model, self.stacks, Rows(self.sizes, rows), origin=self.origin)
+        _check_foldable(uncompiled(self.model), injected.layouts)
+        with injected.inside():
+            output = injected.call(args, kwargs)
         if self.strict:
-            refuse_unused(work.unused)
-        return results(output, self.batch, self.size, rows, self.batched, self.loss_fn)
+            check_used(injected.unused)
+        assert injected.losses is not None
+        split = injected.losses.split
+        return results(output, self.batch, self.size, rows, self.batched, self.loss_fn, split)
 
     def alone(self, k: int) -> Any:
-        """Return what ``fcall`` returns for one of them."""
+        """Return what ``fcall`` returns for one adapter."""
         batch = batch_of(self.batch, self.batched, k)
         return call(self.model, self.adapter(k), batch, self.loss_fn, self.strict, self.origin)
 
@@ -98,120 +106,146 @@ class Sweep(NamedTuple):
         raise IndexError(k)
 
 
-def require_proof(sweep: Sweep) -> None:
-    """Compare the first fold of a layout with solo runs; later ones take its verdict.
+def verify(sweep: Sweep) -> None:
+    """Compare the first fold of each kind with solo runs; later folds of the kind are trusted.
+
+    A refusal is not kept: its cause may be removed.
 
     Args:
-        sweep: The adapters and the batch; of both only what they are made of matters.
+        sweep: The adapters and the batch.
 
     Raises:
         FoldError: If a fold gives other numbers than solo runs.
-        RuntimeError: If the comparison would have to be made inside ``torch.vmap``.
+        RuntimeError: If the comparison would have to run inside ``torch.vmap``.
     """
-    verdicts = plan_of(uncompiled(sweep.model), sweep.stacks[0]).folds
-    layout = (*(tuple(stack) for stack in sweep.stacks), sweep.batched, _kind(sweep.batch))
-    if layout not in verdicts:
-        if "Vmap" in active_transforms():
-            raise RuntimeError(
-                "vcall: its first fold cannot be checked inside torch.vmap; call it once outside, "
-                'or pass check="never"'
-            )
-        verdicts[layout] = _difference(sweep)
-    if verdicts[layout] is not None:
-        raise FoldError(verdicts[layout])
+    verdicts = layout_of(uncompiled(sweep.model), sweep.stacks[0]).verdicts
+    kind = (*map(frozenset, sweep.stacks), sweep.batched, _kind(sweep.batch))
+    if kind in verdicts:
+        return
+    if "Vmap" in active_transforms():
+        raise RuntimeError(
+            "vcall: its first fold cannot be checked inside torch.vmap; call it once outside, "
+            'or pass check="never"'
+        )
+    _compare(sweep)
+    remember(verdicts, kind, True)
 
 
 def _kind(batch: Any) -> tuple[Any, ...]:
-    """What a batch is made of, but for the number of its rows and what is in them."""
+    """The structure of a batch and the kinds of its values, without the values of numbers."""
     values, layout = tree_flatten(arguments(batch))
-    return str(layout), *(
-        (value.dtype, value.ndim) if isinstance(value, Tensor) else repr(value) for value in values
-    )
+    return str(layout), *map(_kind_of_value, values)
 
 
-def _difference(sweep: Sweep) -> str | None:
-    """What tells a fold from solo runs, in eval mode and with leaves that are all different."""
+def _kind_of_value(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.ndim
+    # flags and names choose another computation, numbers as a rule do not
+    return value if isinstance(value, (bool, str, type(None))) else type(value)
+
+
+def _compare(sweep: Sweep) -> None:
+    """Compare a fold with solo runs, in eval mode and with leaves that are all different.
+
+    Raises:
+        FoldError: If the outputs differ, or the model fails on the rows of several adapters.
+    """
     sweep = sweep._replace(
-        stacks=[_moved(stack) for stack in sweep.stacks],
+        stacks=[_perturbed(stack) for stack in sweep.stacks],
         loss_fn=None if sweep.loss_fn is None else lambda output, _: output,
         origin=object(),
     )
     ends = [*accumulate(sweep.sizes)]
     firsts = [end - size for end, size in zip(ends, sweep.sizes, strict=True)]
     precision = _precision(sweep)
-    quiet = Put(quiet_slots(uncompiled(sweep.model), sweep.origin))
-    # a rounding to 8 bits that falls the other way would hide, or feign, a difference
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), unrounded(), quiet:
-        with Selections():  # type: ignore[no-untyped-call]
-            together = sweep._replace(batch=copied(sweep.batch)).together()
+    eval_mode = patched(eval_patches(uncompiled(sweep.model), sweep.origin))
+    # a rounding to 8 bits that goes the other way would hide, or feign, a difference
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), without_rounding(), eval_mode:
+        together = _together(sweep)
         for k in sorted({*firsts, *(end - 1 for end in ends)}):
             alone = sweep._replace(batch=copied(sweep.batch)).alone(k)
             off = difference(of_adapter(together, k), without_caches(alone), precision)
             if off is not None:
-                return (
+                raise FoldError(
                     f"the model gives adapter {k} another output in a batch with others than alone "
                     f"({off}): its rows depend on each other, or on their number; if it is only "
                     'rounding, pass check="never"'
                 )
-    return None
 
 
-def _moved(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same stack with finite leaves that are different for each adapter, without randomness."""
+def _together(sweep: Sweep) -> Any:
+    """Fold; an error that a solo run does not have is a ``FoldError``."""
+    try:
+        return sweep._replace(batch=copied(sweep.batch)).together()
+    except (BusyModelError, FoldError, UnusedLeafError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        sweep._replace(batch=copied(sweep.batch)).alone(0)
+        raise FoldError(
+            "the model fails on the rows of several adapters and not on those of one: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
-    def moved(leaf: Tensor) -> Tensor:
+
+def _perturbed(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stack with finite leaves that differ between adapters, without randomness."""
+
+    def perturbed(leaf: Tensor) -> Tensor:
         start = leaf.detach().nan_to_num(0.0, 0.0, 0.0)
         size = start.square().mean().sqrt()
         noise = torch.arange(leaf.numel(), device=leaf.device).mul(78.233).sin().view(leaf.shape)
         return start + (0.2 * size + 0.05 * (size == 0)) * noise.to(leaf.dtype)
 
-    return {key: leaf if parse(key).is_constant else moved(leaf) for key, leaf in stack.items()}
+    return {key: leaf if parse(key).is_constant else perturbed(leaf) for key, leaf in stack.items()}
 
 
 def _precision(sweep: Sweep) -> float:
-    """The coarsest epsilon that something is computed with."""
+    """The largest epsilon of the dtypes that compute the output."""
     dtypes = {parameter.dtype for parameter in sweep.model.parameters()}
     dtypes |= {tensor.dtype for tensor in tensors_of(sweep.batch)}
     for kind in {parameter.device.type for parameter in sweep.model.parameters()}:
         if torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
-    quantised = plan_of(uncompiled(sweep.model), sweep.stacks[0]).quantised
+    quantised = layout_of(uncompiled(sweep.model), sweep.stacks[0]).quantised
     dtypes |= {packed(m, path).dtype for path, module in quantised if (m := module()) is not None}
     floats = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
 
 
-def _refuse_unfoldable(model: nn.Module, plans: Sequence[Plan]) -> None:
-    for norm in filter(None, (reference() for reference in plans[0].norms)):
-        if norm.training or norm.running_mean is None:
+def _check_foldable(model: nn.Module, layouts: Sequence[ModelLayout]) -> None:
+    for norm in present(layouts[0].norms):
+        own = getattr(norm, "running_mean", None) is not None
+        if (norm.training and own) or (mixes_rows_in_training(norm) and not own):
             raise FoldError(
                 f"{type(norm).__name__}: its statistics are over the rows of all adapters; call "
                 "eval() on it"
             )
-    everywhere = [site for plan in plans for site in plan.sites if site.everywhere]
+    sites = [site for layout in layouts for site in layout.sites]
+    everywhere = [site for site in sites if site.everywhere]
     places = shared_parameters(model) if everywhere else {}
     for site in everywhere:
-        module = site.module()
-        assert module is not None
-        own = frozen_parameters(module)
-        names = [*site.keys] if site.parameter is None else [site.parameter]
-        if isinstance(module, _READ_FROM_OUTSIDE) or any(
-            len(places.get(id(own[name]), ())) > 1 for name in names
-        ):
-            raise FoldError(
-                f"{site.path}: other modules read this parameter as well, or torch's attention "
-                'does; leave it out, or pass fallback="loop"'
-            )
+        _check_place(site, places, sites)
 
 
-def _refuse_unread(work: Injection) -> None:
-    for plan, unused in zip(work.plans, work.unused, strict=True):
-        for site in plan.sites:
-            if site.everywhere and unused and not unused.isdisjoint(site.keys.values()):
-                raise FoldError(
-                    f"{site.path}: the model reads this parameter past its module; leave it out, "
-                    'or pass fallback="loop"'
-                )
+def _check_place(site: Site, places: Mapping[int, Sequence[Any]], sites: Sequence[Site]) -> None:
+    """Check that a replaced parameter is read only while its own module runs alone."""
+    module, own = site.module, original_parameters(site.module)
+    names = [*site.keys] if site.parameter is None else [site.parameter]
+    if isinstance(module, _READ_FROM_OUTSIDE) or any(
+        len(places.get(id(own[name]), ())) > 1 for name in names
+    ):
+        raise FoldError(
+            f"{site.path}: other modules read this parameter as well, or torch's attention "
+            'does; leave it out, or pass fallback="loop"'
+        )
+    inside = {id(child) for child in module.modules()} - {id(module)}
+    adapted = [other.path for other in sites if id(other.module) in inside]
+    if adapted:
+        path = ".".join(filter(None, (site.path, names[0])))
+        raise FoldError(
+            f"{path}: its module runs other adapted modules, such as {adapted[0]!r}, and cannot "
+            'run them adapter by adapter; leave it out, or pass fallback="loop"'
+        )
 
 
 _READ_FROM_OUTSIDE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)

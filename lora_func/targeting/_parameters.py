@@ -1,26 +1,28 @@
 """Which parameters of a model patterns name."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_func.modules import named_parameters
-from lora_func.targeting._patterns import first_match, require_matches, some
-from lora_func.weights._bitsandbytes import is_packed
+from lora_func.targeting._patterns import check_matches, first_match, some
+from lora_func.weights import is_packed
 
 
 def distinct_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
     """Find the parameters that patterns name.
 
     Returns:
-        Name -> the first pattern that matches; of tied parameters the first name alone.
+        Name -> the first pattern that matches. A tied parameter is listed under its first matching
+        name only.
 
     Raises:
         ValueError: If a pattern matches none.
     """
     names = dict(named_parameters(model))
-    require_matches("target_parameters", patterns, names, {})
+    check_matches("target_parameters", patterns, names, {})
     found: dict[int, tuple[str, str]] = {}
     for name, parameter in names.items():
         pattern = first_match(patterns, name)
@@ -29,36 +31,37 @@ def distinct_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, 
     return dict(found.values())
 
 
-def refuse_untrainable(name: str, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a parameter that cannot be trained itself.
+def check_trainable(names: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
+    """Check that parameters can be trained themselves.
 
     Args:
-        name: Its name.
-        parameters: All of the model's.
+        names: Their names.
+        parameters: All parameters of the model.
 
     Raises:
-        TypeError: If it is no float, or packed by bitsandbytes.
-        ValueError: If it lies in the memory of another, or has the name of a constant.
+        TypeError: If one is not floating-point, or packed by bitsandbytes.
+        ValueError: If one lies in the memory of another, or has the name of a constant.
     """
-    parameter = parameters[name]
-    views = [
-        other
-        for other, p in parameters.items()
-        if p is not parameter and _memory(p) == _memory(parameter)
-    ]
-    if views:
-        raise ValueError(
-            f"{name}: shares its memory with {some(views)} without being the same parameter, and "
-            "training one of them would untie them; make them one parameter, or two"
-        )
-    if is_packed(parameter) or not parameter.is_floating_point():
-        kind = "a packed weight" if is_packed(parameter) else parameter.dtype
-        raise TypeError(f"{name}: {kind} cannot be trained; accepted are floats")
-    if name.rpartition(".")[2].startswith("_"):
-        raise ValueError(
-            f"{name}: a leaf whose name starts with an underscore is a constant and is never "
-            "trained; rename the parameter"
-        )
+    in_memory: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        in_memory[_memory(parameter)].append(name)
+    for name in names:
+        parameter = parameters[name]
+        here = in_memory[_memory(parameter)]
+        views = [other for other in here if parameters[other] is not parameter]
+        if views:
+            raise ValueError(
+                f"{name}: shares its memory with {some(views)} without being the same parameter, "
+                "and training one of them would untie them; make them one parameter, or two"
+            )
+        if is_packed(parameter) or not parameter.is_floating_point():
+            kind = "a packed weight" if is_packed(parameter) else parameter.dtype
+            raise TypeError(f"{name}: {kind} cannot be trained; accepted are floats")
+        if name.rpartition(".")[2].startswith("_"):
+            raise ValueError(
+                f"{name}: a leaf whose name starts with an underscore is a constant and is never "
+                "trained; rename the parameter"
+            )
 
 
 def _memory(parameter: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Regular expressions over module paths, each of which must match something."""
+"""Regular expressions over module paths; each must match something."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def kind(module: nn.Module) -> str:
-    """Name a module's class with the package it comes from."""
+    """Name a module's class with its package."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -17,19 +17,19 @@ def first_match(patterns: Iterable[str], path: str) -> str | None:
     return next((pattern for pattern in patterns if re.search(pattern, path)), None)
 
 
-def require_matches(
+def check_matches(
     field: str, patterns: Iterable[str], paths: Iterable[str], others: Mapping[str, str]
 ) -> None:
-    """Refuse a pattern that matches nothing.
+    """Check that each pattern matches something.
 
     Args:
         field: The config's field, for the message.
         patterns: Regular expressions, searched.
-        paths: What each must match one of.
-        others: What it does not count to match: path -> why.
+        paths: Each pattern must match one of these.
+        others: Paths that do not count: path -> why.
 
     Raises:
-        ValueError: If a pattern matches none of the paths; it names those most like it.
+        ValueError: If a pattern matches none of the paths; the message names the most similar ones.
     """
     paths = [*paths]
     for pattern in patterns:
@@ -44,7 +44,7 @@ def require_matches(
 
 
 def _nearest(pattern: str, paths: Sequence[str]) -> list[str]:
-    """The three paths most like a pattern, one for each place that repeats over the layers."""
+    """The three paths most similar to a pattern, one for each place that repeats over layers."""
     places = {re.sub(r"\d+", "*", path): path for path in reversed(paths)}
     words = re.sub(r"\\[A-Za-z]|[^A-Za-z0-9_.]", "", pattern).strip(".")
 

@@ -1,33 +1,45 @@
-"""What a linear layer does to the residual stream, read from shapes and places alone."""
+"""The role of a linear layer in the residual stream, read from shapes and places."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from lora_func.configs import Role
-from lora_func.weights._layers import affine, is_linear
+from lora_func.weights import affine, is_linear
 
 
-def role_of(model: nn.Module, path: str) -> Role:
-    """Tell the role of a linear-like module.
+def roles_of(model: nn.Module, paths: Iterable[str]) -> dict[str, Role]:
+    """Find the roles of linear layers.
 
-    Shape decides first: from the width of the residual stream to another is a reader, the reverse
-    a writer, neither side of that width inner. A square layer is told by its place among the
-    layers of its part of the block (the attention, say), in the order of their definition.
+    The shape decides first: a layer from the width of the residual stream to another width is a
+    reader, the reverse is a writer, and a layer with neither side of that width is inner. For a
+    square layer the place decides, among the layers of its part of the block (the attention, for
+    example), in the order of their definition.
 
     Args:
         model: The model.
-        path: Path of a linear-like module in it.
+        paths: Paths of linear layers in it.
 
     Returns:
-        "reader", "writer" or "inner".
+        Path -> "reader", "writer" or "inner".
     """
-    block, part = _block_and_part(path)
+    of_part: dict[str, dict[str, Role]] = {}
+    found = {}
+    for path in paths:
+        block, part = _block_and_part(path)
+        if part not in of_part:
+            of_part[part] = _roles_in(model, path, block, part)
+        found[path] = of_part[part][path]
+    return found
+
+
+def _roles_in(model: nn.Module, path: str, block: str | None, part: str) -> dict[str, Role]:
     width = _stream_width(model, path, block)
     members = dict(model.get_submodule(part).named_modules(prefix=part))
     shapes = {name: _role_by_shape(name, m, width) for name, m in members.items() if is_linear(m)}
     roles = _roles_by_place([*shapes.values()], in_block=block is not None)
-    return roles[[*shapes].index(path)]
+    return dict(zip(shapes, roles, strict=True))
 
 
 def _role_by_shape(path: str, module: nn.Module, width: int) -> Role | None:
@@ -39,14 +51,15 @@ def _role_by_shape(path: str, module: nn.Module, width: int) -> Role | None:
 
 def _roles_by_place(shapes: list[Role | None], in_block: bool) -> list[Role]:
     """Fill in the square layers (None) of a part."""
-    # one before another square layer or a writer reads; else it writes what has been read
+    # a square layer before another one or a writer reads; otherwise it writes what was read
     roles: list[Role] = []
+    reads_before = False
     for here, shape in enumerate(shapes):
-        moved = [role for role in roles if role != "inner"]
         reads_on = shapes[here + 1 : here + 2] in ([None], ["writer"])
-        writes = not reads_on and moved[-1:] == ["reader"]
-        roles.append(shape or ("writer" if writes else "reader"))
-    # a part of a block writes something, if only with a layer that is defined first
+        role: Role = shape or ("writer" if reads_before and not reads_on else "reader")
+        roles.append(role)
+        reads_before = reads_before if role == "inner" else role == "reader"
+    # a part of a block writes, if only with a layer that is defined first
     if in_block and "writer" not in roles and None in shapes:
         roles[len(shapes) - 1 - shapes[::-1].index(None)] = "writer"
     return roles
@@ -63,7 +76,7 @@ def _block_and_part(path: str) -> tuple[str | None, str]:
 
 
 def _stream_width(model: nn.Module, path: str, block: str | None) -> int:
-    """The commonest width in a block; outside one the hidden size that a config above states."""
+    """The most common width in a block; outside a block the hidden size that a config states."""
     stated = _stated_width(model, path)
     if block is None and stated is not None:
         return stated

@@ -9,19 +9,15 @@ from typing import NamedTuple
 from torch import nn
 
 from lora_func.checks import as_tuple
-from lora_func.configs import (
-    ALL_LINEAR,
-    AdapterConfig,
-    LinearConfig,
-    ParameterConfig,
-)
-from lora_func.modules import named_parameters, place_of, uncompiled
-from lora_func.targeting._layers import layer_of, sites_in_layers
-from lora_func.targeting._parameters import distinct_parameters, refuse_untrainable
-from lora_func.targeting._patterns import first_match, kind, require_matches
-from lora_func.targeting._roles import role_of
+from lora_func.compat import never_calls, parameters_of, uncompiled
+from lora_func.configs import ALL_LINEAR, AdapterConfig, LinearConfig, ParameterConfig
+from lora_func.modules import find_site, named_parameters
+from lora_func.targeting._layers import Layers
+from lora_func.targeting._parameters import check_trainable, distinct_parameters
+from lora_func.targeting._patterns import check_matches, first_match, kind
+from lora_func.targeting._roles import roles_of
 from lora_func.variants import by_config
-from lora_func.weights._layers import has_matrix, is_linear, matrix
+from lora_func.weights import has_matrix, is_linear, matrix
 
 _log = logging.getLogger("lora_func")
 
@@ -30,10 +26,10 @@ class Target(NamedTuple):
     """One site that a config names.
 
     Attributes:
-        site: Path of the module or of the parameter, as the model names it.
+        site: Path of the module or of the parameter.
         pattern: The first pattern that matched.
-        layer: Index of the layer it stands in, or None outside any stack of layers.
-        parameters: Names of the module's own parameters that are trained themselves, if any.
+        layer: Index of its layer; None outside any stack of layers.
+        parameters: Names of the module's own parameters, if these are trained themselves.
     """
 
     site: str
@@ -43,7 +39,7 @@ class Target(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What patterns are searched in: the path, or the full names of the parameters."""
+        """The strings that patterns are searched in: the path, or the full names of parameters."""
         prefix = f"{self.site}." if self.site else ""
         return tuple(prefix + parameter for parameter in self.parameters) or (self.site,)
 
@@ -54,7 +50,7 @@ class Targets:
 
     Attributes:
         sites: The sites.
-        left_out: What "all-linear" passed over: path -> reason.
+        left_out: The linear layers that "all-linear" left out: path -> reason.
     """
 
     sites: tuple[Target, ...]
@@ -75,12 +71,12 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         cfg: The config of a registered variant.
 
     Returns:
-        The sites, each with the pattern and the layer index that matched, and what "all-linear"
-        left out; the latter is logged as well.
+        The sites, each with its pattern and layer index, and the layers that "all-linear" left out;
+        these are logged as well.
 
     Raises:
-        TypeError: If cfg is no config of a registered variant, or a pattern names what cannot be
-            adapted, or has no role where roles are asked for.
+        TypeError: If cfg is no config of a registered variant, or a pattern names a module that
+            cannot be adapted, or that has no role if roles are asked for.
         ValueError: If a pattern, a layer index or a role matches nothing, no site is left, or a
             parameter to train lies in the memory of another.
 
@@ -106,7 +102,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     kept = [name for target in sites for name in target.names]
     others = dict.fromkeys(names, "left out by exclude_modules, target_roles or layers")
     for field, patterns in cfg.site_patterns().items():
-        require_matches(field, patterns, kept, others)
+        check_matches(field, patterns, kept, others)
     if left_out:
         _log.info('"all-linear" left out %s', left_out)
     return Targets(tuple(sites), left_out)
@@ -120,8 +116,8 @@ def _matrices(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Target], di
     wanted, unwanted = as_tuple(cfg.target_modules), as_tuple(cfg.exclude_modules)
     patterns = [pattern for pattern in wanted if pattern != ALL_LINEAR]
     kinds = {path: f"a {kind(module)}" for path, module in modules.items() if path}
-    require_matches("target_modules", patterns, adaptable, kinds)
-    require_matches("exclude_modules", unwanted, [*adaptable, *parameters], kinds)
+    check_matches("target_modules", patterns, adaptable, kinds)
+    check_matches("exclude_modules", unwanted, [*adaptable, *parameters], kinds)
 
     left_out = _not_for_all_linear(modules, linear) if ALL_LINEAR in wanted else {}
     matched = {}
@@ -131,8 +127,9 @@ def _matrices(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Target], di
         if matched[path] is None and ALL_LINEAR in wanted and is_meant:
             matched[path] = ALL_LINEAR
     matched |= parameters
+    layers = Layers(model)
     sites = [
-        Target(path, pattern, layer_of(model, path))
+        Target(path, pattern, layers.layer_of(path))
         for path, pattern in matched.items()
         if pattern is not None and first_match(unwanted, path) is None
     ]
@@ -141,15 +138,15 @@ def _matrices(model: nn.Module, cfg: LinearConfig) -> tuple[Sequence[Target], di
             f"target_modules: {cfg.target_modules!r} less {cfg.exclude_modules!r} leaves none of "
             f"the model's {len(linear)} linear layers; left out: {left_out}"
         )
-    found = _of_layers(model, cfg, sites)
+    found = _of_layers(layers, cfg, sites)
     for target in found:
-        _refuse_unadaptable(model, target)
+        _check_adaptable(model, target)
         left_out.pop(target.site, None)
     return _of_roles(model, cfg, found), left_out
 
 
-def _refuse_unadaptable(model: nn.Module, target: Target) -> None:
-    module, name = place_of(model, target.site)
+def _check_adaptable(model: nn.Module, target: Target) -> None:
+    module, name = find_site(model, target.site)
     if name is None and not has_matrix(module):
         raise TypeError(
             f"{target.site}: {_foreign(module)}; accepted are torch.nn.Linear, transformers' "
@@ -158,7 +155,7 @@ def _refuse_unadaptable(model: nn.Module, target: Target) -> None:
         )
     if name is not None:
         try:
-            W = matrix(module, module._parameters, name)
+            W = matrix(module, parameters_of(module), name)
         except TypeError as error:
             raise TypeError(
                 f"{target.site}: {error}; accepted are parameters of two or three axes"
@@ -177,19 +174,21 @@ def _not_for_all_linear(
             reasons[path] = "output head"
         elif _is_router(path, modules):
             reasons[path] = "MoE router"
+        elif never_calls(modules[path.rpartition(".")[0]], path.rpartition(".")[2]):
+            reasons[path] = "its parent reads its weight and never calls it"
         elif not is_linear(module):
             reasons[path] = _foreign(module)
     return reasons
 
 
 def _foreign(module: nn.Module) -> str:
-    return f"{kind(module)} has a forward or a weight storage of its own"
+    return f"{kind(module)} has its own forward or its own weight storage"
 
 
 def _output_head(root: str, module: nn.Module, linear: Mapping[str, nn.Module]) -> set[str]:
-    """A Hugging Face model's output embedding, else what is outside its base; others tell none."""
+    """A Hugging Face model's output embedding, or else its layers outside the base model."""
     get_output_embeddings = getattr(module, "get_output_embeddings", None)
-    output = get_output_embeddings() if get_output_embeddings else None
+    output = get_output_embeddings() if callable(get_output_embeddings) else None
     if output is not None:
         return {path for path, layer in linear.items() if layer is output}
     base = getattr(module, "base_model_prefix", "")
@@ -210,10 +209,10 @@ def _of_roles(model: nn.Module, cfg: LinearConfig, found: Sequence[Target]) -> S
     if not wanted:
         return found
     for target in found:
-        module, name = place_of(model, target.site)
+        module, name = find_site(model, target.site)
         if name is not None or not is_linear(module):
             raise TypeError(f"{target.site}: a {kind(module)} has no role; only linear layers have")
-    roles = {target.site: role_of(model, target.site) for target in found}
+    roles = roles_of(model, [target.site for target in found])
     if missing := wanted - {*roles.values()}:
         raise ValueError(f"target_roles: no {sorted(missing)} among {roles}")
     return [target for target in found if roles[target.site] in wanted]
@@ -221,19 +220,19 @@ def _of_roles(model: nn.Module, cfg: LinearConfig, found: Sequence[Target]) -> S
 
 def _trained_parameters(model: nn.Module, cfg: ParameterConfig) -> Sequence[Target]:
     parameters = dict(named_parameters(model))
+    layers = Layers(model)
     found: dict[str, Target] = {}
     for name, pattern in distinct_parameters(model, as_tuple(cfg.target_parameters)).items():
         site, _, leaf = name.rpartition(".")
-        target = found.get(site) or Target(site, pattern, layer_of(model, site))
+        target = found.get(site) or Target(site, pattern, layers.layer_of(site))
         found[site] = target._replace(parameters=(*target.parameters, leaf))
-    sites = _of_layers(model, cfg, [*found.values()])
-    for name in [name for target in sites for name in target.names]:
-        refuse_untrainable(name, parameters)
+    sites = _of_layers(layers, cfg, [*found.values()])
+    check_trainable((name for target in sites for name in target.names), parameters)
     return sites
 
 
-def _of_layers(model: nn.Module, cfg: AdapterConfig, found: Sequence[Target]) -> Sequence[Target]:
+def _of_layers(layers: Layers, cfg: AdapterConfig, found: Sequence[Target]) -> Sequence[Target]:
     if cfg.layers is None:
         return found
-    chosen = sites_in_layers(model, as_tuple(cfg.layers), [target.site for target in found])
+    chosen = layers.select(as_tuple(cfg.layers), [target.site for target in found])
     return [target for target in found if target.site in chosen]

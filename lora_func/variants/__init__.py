@@ -1,7 +1,11 @@
-"""The table of variants, and the door for those of others."""
+"""The methods, one file each, and the table that lists them.
+
+A file holds the config, the functions and the ``Variant`` of one method. Mathematics that several
+methods share belongs to ``numerics``. ``register`` adds a method from another package.
+"""
 
 from lora_func.configs import AdapterConfig
-from lora_func.variant import Variant
+from lora_func.variant import Variant, check_variant
 from lora_func.variants import (
     antipasto,
     bitfit,
@@ -42,44 +46,57 @@ _TABLE = (
     vera.VARIANT,
 )
 
-_by_name = {variant.name: variant for variant in _TABLE}
+_by_name: dict[str, Variant] = {}
 
 
-def register(variant: Variant) -> None:
-    """Add a variant of your own, which then works wherever a built-in one does.
+def register(variant: Variant, *, overwrite: bool = False) -> None:
+    """Add a variant, which then works wherever a built-in variant does.
 
     Args:
-        variant: Its functions, its name and its config class. Registering the same variant again
-            does nothing.
+        variant: Its functions, its name and its config class. Registering an equal variant again
+            has no effect.
+        overwrite: Whether to replace a variant of the same name, for example after a change in a
+            notebook.
 
     Raises:
-        ValueError: If the name is no identifier, or if name or config class belong to another
-            variant and the config does not tell them apart by its property ``variant``.
+        ValueError: If the variant is malformed, or its name or config class belongs to another
+            variant and ``overwrite`` is False.
     """
-    if not variant.name.isidentifier():
-        raise ValueError(
-            f"{variant.name!r} cannot be part of a key; a variant's name is an identifier"
-        )
-    for other in _by_name.values():
+    check_variant(variant)
+    for other in all_variants():
         if variant == other:
             return
         alone = variant.config.variant is AdapterConfig.variant
-        if variant.name == other.name or (variant.config is other.config and alone):
+        if variant.name == other.name and not overwrite:
             raise ValueError(
-                f"variant {variant.name!r} with config {variant.config.__name__}: taken by "
-                f"{other.name!r} with config {other.config.__name__}; choose another name and class"
+                f"variant {variant.name!r}: the name is taken, by config {other.config.__name__}; "
+                "choose another name, or pass overwrite=True to replace that variant"
+            )
+        if variant.name != other.name and variant.config is other.config and alone:
+            raise ValueError(
+                f"variant {variant.name!r}: config {variant.config.__name__} belongs to "
+                f"{other.name!r}; choose another class, or give it a property `variant` that names "
+                "the variant that is meant"
             )
     _by_name[variant.name] = variant
+
+
+def all_variants() -> tuple[Variant, ...]:
+    """Return the registered variants."""
+    return (*_by_name.values(),)
 
 
 def by_name(name: str) -> Variant:
     """Return the variant that a key names.
 
     Raises:
-        KeyError: If there is none of that name.
+        KeyError: If no variant has the name.
     """
     if name not in _by_name:
-        raise KeyError(f"no variant {name!r}; there are {', '.join(_by_name)}")
+        raise KeyError(
+            f"no variant {name!r}; there are {', '.join(_by_name)}; one of another package must "
+            "be registered first, by importing that package"
+        )
     return _by_name[name]
 
 
@@ -89,8 +106,13 @@ def by_config(cfg: AdapterConfig) -> Variant:
     Raises:
         TypeError: If no variant has this config class.
     """
-    for variant in _by_name.values():
-        if type(cfg) is variant.config and cfg.variant in (None, variant.name):
+    fitting = [v for v in all_variants() if v.config is type(cfg)]
+    for variant in reversed(fitting):
+        if cfg.variant in (None, variant.name):
             return variant
-    names = ", ".join(dict.fromkeys(v.config.__name__ for v in _by_name.values()))
+    names = ", ".join(dict.fromkeys(v.config.__name__ for v in all_variants()))
     raise TypeError(f"{cfg!r} is no adapter config; expected one of {names}")
+
+
+for _variant in _TABLE:
+    register(_variant)

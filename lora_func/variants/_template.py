@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from lora_func.configs import LinearConfig
 from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense, linear
+from lora_func.weights import Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)

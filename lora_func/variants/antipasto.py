@@ -32,20 +32,22 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count, check_number
 from lora_func.configs import Calibration, RankConfig
-from lora_func.numerics._linalg import (
+from lora_func.numerics import (
     SINGULAR,
+    Moments,
+    add_low_rank,
     along_rows,
     at_least_float32,
     cayley,
-    refuse_rank_above,
+    check_rank,
+    observe_moments,
     rotate_blocks,
+    scaled,
     skew,
     svd,
 )
-from lora_func.numerics._moments import Moments, observe
-from lora_func.numerics._products import beside, scaled
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense
+from lora_func.variant import Trial, Variant
+from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +102,11 @@ def init(
         rot_V or rot_U (r / b, b (b - 1) / 2) and _max_angle () if there is a rotation; delta_s and
         _S (r,), _U (d_out, r), _Vh (r, d_in), _coeff ().
     """
-    refuse_rank_above(cfg.r, W.shape)
+    check_rank(cfg.r, W.shape)
     U, S, Vh = svd(dense(W), min(W.shape))
     chosen = torch.arange(cfg.r, device=S.device)
     if stats is not None:
-        stats.require(cfg.r)
+        stats.check_enough(cfg.r)
         score = S * stats.along(Vh, center=cfg.pool == "std")
         chosen = score.topk(cfg.r).indices.sort().values
     rotation, b = {}, cfg.block_size
@@ -152,7 +154,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return beside(x, W, params["_Vh"], params["_U"], partial(_steer, params))
+    return add_low_rank(x, W, params["_Vh"], params["_U"], partial(_steer, params))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -173,9 +175,13 @@ VARIANT = Variant(
     init=init,
     apply=apply,
     weight=weight,
-    observe=observe,
+    observe=observe_moments,
     leaves={**_ROTATIONS, "_max_angle?": "", "delta_s": "r", "_coeff": "", **SINGULAR},
-    pads=False,
+    trials={
+        "antipasto": Trial({"r": 32}, lr=1e-2, data=True),
+        "antipasto-U": Trial({"r": 32, "rotate": "U"}, lr=1e-2, data=True),
+        "antipasto-S": Trial({"r": 32, "rotate": "none"}, lr=1e-2, data=True),
+    },
     stacks=True,
     products_only=True,
 )

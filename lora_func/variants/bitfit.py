@@ -23,9 +23,9 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_flag
 from lora_func.configs import LinearConfig
-from lora_func.numerics._linalg import along_rows
-from lora_func.variant import Variant
-from lora_func.weights._layers import Affine, Weight, bias_of, dense, linear
+from lora_func.numerics import along_rows
+from lora_func.variant import Trial, Variant
+from lora_func.weights import Affine, Weight, bias_of, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,5 +103,7 @@ VARIANT = Variant(
     weight=weight,
     bias=bias,
     leaves={"delta": "d_out"},
+    neutral={"delta": 0.0},
+    trials={"bitfit": Trial({"allow_new_bias": True}, lr=3e-3)},
     stacks=True,
 )

@@ -26,15 +26,15 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_number
 from lora_func.configs import RankConfig
-from lora_func.numerics._linalg import (
+from lora_func.numerics import (
+    add_low_rank,
     at_least_float32,
-    difference,
     kaiming_uniform,
+    low_rank_difference,
     low_rank_norm,
 )
-from lora_func.numerics._products import beside
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.weights import Weight, dense
 
 _FLOOR = 1e-4
 
@@ -99,7 +99,7 @@ def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     A, B = _pair(params, params["A"], params["B"])
     if "_A0" not in params:
         return A, B
-    return difference(A, B, *_pair(params, params["_A0"], params["_B0"]))
+    return low_rank_difference(A, B, *_pair(params, params["_A0"], params["_B0"]))
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return beside(x, W, *_factors(params))
+    return add_low_rank(x, W, *_factors(params))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -121,7 +121,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + (B @ A).to(W.dtype)
 
 
-def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
     """Compute the norm of the low-rank term.
 
     Returns:
@@ -146,7 +146,26 @@ VARIANT = Variant(
         "_A0?": "r d_in",
         "_B0?": "d_out r",
     },
-    pads=False,
+    peft=(
+        PeftFormat(
+            "DELORA",
+            leaves={
+                "A": PeftLeaf("delora_A"),
+                "B": PeftLeaf("delora_B"),
+                "lambda": PeftLeaf(
+                    "delora_lambda", lambda t: t.reshape(1), lambda t, _: t.reshape(())
+                ),
+                "_w_norm": PeftLeaf("delora_w_norm"),
+            },
+            settings=lambda leaves, shape: {"r": leaves["A"].shape[-2]},
+            holds=lambda leaves: "_A0" not in leaves,
+            patterns={"r": "rank_pattern"},
+        ),
+    ),
+    trials={
+        "delora": Trial({"lambda_": 1.0}, peft=("DeloraConfig", {"r": 8})),
+        "delora-copy": Trial({"init": "frozen_copy"}),
+    },
     stacks=True,
     products_only=True,
 )

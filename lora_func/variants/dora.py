@@ -27,18 +27,19 @@ from torch import Generator, Tensor
 from torch.linalg import vecdot
 
 from lora_func.configs import LowRankConfig
-from lora_func.numerics._linalg import (
+from lora_func.numerics import (
     along_rows,
     at_least_float32,
+    check_rank,
     kaiming_uniform,
-    refuse_rank_above,
+    scale_output,
+    scaled,
     without_autocast,
 )
-from lora_func.numerics._low_rank import LOW_RANK
-from lora_func.numerics._low_rank import apply as low_rank
-from lora_func.numerics._products import gained, scaled
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, bias_of, dense, times
+from lora_func.variant import PeftLeaf, Trial, Variant
+from lora_func.variants._low_rank import LOW_RANK, PEFT_LORA
+from lora_func.variants._low_rank import apply as low_rank
+from lora_func.weights import Weight, bias_of, dense, matmul_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def init(W: Weight, cfg: DoRA, generator: Generator, stats: None = None) -> dict
         A (r, d_in), B (d_out, r), m and _w_sqnorm (d_out,), _scale ().
     """
     d_out, d_in = W.shape
-    refuse_rank_above(cfg.r, (d_out, d_in))
+    check_rank(cfg.r, (d_out, d_in))
     squares = squared_norms(W)
     return {
         "A": kaiming_uniform(cfg.r, d_in, generator),
@@ -85,7 +86,7 @@ def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     m, squares, A = params["m"], params["_w_sqnorm"], at_least_float32(params["A"].detach())
     B = scaled(at_least_float32(params["B"].detach()), params["_scale"])
     with without_autocast(A):
-        WA = times(A, W).mT.to(A.dtype)
+        WA = matmul_weight(A, W).mT.to(A.dtype)
         added = vecdot(B @ (A @ A.mT) + 2 * WA, B)
     # what the sum of squares is precise to, where a row has all but vanished
     least = squares * torch.finfo(W.dtype).eps
@@ -101,7 +102,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """
     y, b = low_rank(W, params, x), bias_of(W)
     g = along_rows(_gain(W, params))
-    y = gained(y, g)
+    y = scale_output(y, g)
     return y if b is None else y - (g - 1).to(y.dtype) * b.to(y.dtype)
 
 
@@ -118,6 +119,16 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + (g - 1).to(W.dtype) * W + added.to(W.dtype)
 
 
+_PEFT = PEFT_LORA._replace(
+    leaves={**PEFT_LORA.leaves, "m": PeftLeaf("lora_magnitude_vector")},
+    settings=lambda leaves, shape: PEFT_LORA.settings(leaves, shape) | {"use_dora": True},
+    constants=lambda config, leaves, W: {
+        "_w_sqnorm": squared_norms(W),
+        **PEFT_LORA.constants(config, leaves, W),
+    },
+    means=lambda config, path: bool(config.get("use_dora")),
+)
+
 VARIANT = Variant(
     name="dora",
     config=DoRA,
@@ -125,6 +136,9 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     leaves={**LOW_RANK, "m": "d_out", "_w_sqnorm": "d_out"},
+    peft=(_PEFT,),
+    trials={"dora": Trial(peft=("LoraConfig", {"r": 8, "use_dora": True}))},
+    pads=True,
     stacks=True,
     products_only=True,
 )

@@ -25,11 +25,16 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_flag, check_number
 from lora_func.configs import Calibration, LowRankConfig
-from lora_func.numerics._linalg import refuse_rank_above
-from lora_func.numerics._low_rank import LOW_RANK, apply, delta_norm, weight
-from lora_func.numerics._moments import Components, Moments, observe, principal_components
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight
+from lora_func.numerics import (
+    Components,
+    Moments,
+    check_rank,
+    observe_moments,
+    principal_components,
+)
+from lora_func.variant import Trial, Variant
+from lora_func.variants._low_rank import LOW_RANK, PEFT_EXPORTS, apply, delta_norm, low_rank, weight
+from lora_func.weights import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +79,8 @@ def conclude(
     found: dict[tuple[int, bool], Components] = {}
     for site, cfg in configs.items():
         try:
-            refuse_rank_above(cfg.r, weights[site].shape)
-            stats[site].require(_most(cfg, weights[site]) + cfg.center)
+            check_rank(cfg.r, weights[site].shape)
+            stats[site].check_enough(_most(cfg, weights[site]) + cfg.center)
         except ValueError as error:
             raise ValueError(f"{site}: eva: {error}") from error
         inputs = (id(stats[site]), cfg.center)
@@ -144,10 +149,20 @@ VARIANT = Variant(
     init=init,
     apply=apply,
     weight=weight,
-    observe=observe,
+    observe=observe_moments,
     conclude=conclude,
     delta_norm=delta_norm,
     leaves=LOW_RANK,
+    low_rank=low_rank,
+    peft=PEFT_EXPORTS,
+    trials={
+        "eva": Trial(
+            data=True,
+            peft=("LoraConfig", {"r": 8, "init_lora_weights": "eva", "eva_config": {}}),
+        ),
+        "eva-rho2": Trial({"rho": 2.0}, data=True, drops_sites=True),
+    },
+    pads=True,
     stacks=True,
     products_only=True,
 )

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from lora_func.configs import ParameterConfig
 from lora_func.variant import Variant
-from lora_func.weights._layers import Affine, Weight, dense, linear
+from lora_func.weights import Affine, Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,5 +93,6 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     bias=bias,
+    leaves={},
     parameters=parameters,
 )

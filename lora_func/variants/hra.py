@@ -26,9 +26,9 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.configs import RankConfig
-from lora_func.numerics._linalg import at_least_float32, without_autocast
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense, linear
+from lora_func.numerics import at_least_float32, without_autocast
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.weights import Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,5 +101,15 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     leaves={"U": "r d_in"},
+    peft=(
+        PeftFormat(
+            "HRA",
+            leaves={"U": PeftLeaf("hra_u", torch.t, lambda u, _: u.t())},
+            settings=lambda leaves, shape: {"r": leaves["U"].shape[-2]},
+            inert={"apply_GS": (None, False)},
+        ),
+    ),
+    trials={"hra": Trial(lr=3e-3, start="close", peft=("HRAConfig", {"r": 8}))},
+    pads=True,
     stacks=True,
 )

@@ -22,10 +22,9 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.configs import LinearConfig
-from lora_func.numerics._linalg import along_rows
-from lora_func.numerics._products import gained
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense, linear
+from lora_func.numerics import along_rows, scale_output
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, matches_path
+from lora_func.weights import Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return gained(linear(x, W), along_rows(params["g"]))
+    return scale_output(linear(x, W), along_rows(params["g"]))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -85,6 +84,16 @@ VARIANT = Variant(
     weight=weight,
     bias=bias,
     leaves={"g": "d_out"},
+    neutral={"g": 1.0},
+    peft=(
+        PeftFormat(
+            "IA3",
+            leaves={"g": PeftLeaf("ia3_l", lambda g: g.unsqueeze(1), lambda g, _: g.flatten())},
+            means=lambda config, path: not matches_path(config.get("feedforward_modules"), path),
+            conv1d=True,
+        ),
+    ),
+    trials={"ia3": Trial(lr=1e-2, peft=("IA3Config", {"feedforward_modules": []}))},
     stacks=True,
     products_only=True,
 )

@@ -24,10 +24,10 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_flag
 from lora_func.configs import LowRankConfig
-from lora_func.numerics._linalg import kaiming_uniform, refuse_rank_above
-from lora_func.numerics._low_rank import LOW_RANK, apply, delta_norm, weight
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight
+from lora_func.numerics import check_rank, kaiming_uniform
+from lora_func.variant import Trial, Variant
+from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, apply, delta_norm, low_rank, weight
+from lora_func.weights import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,21 @@ def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict
         A (r, d_in), B (d_out, r), _scale ().
     """
     d_out, d_in = W.shape
-    refuse_rank_above(cfg.r, (d_out, d_in))
+    check_rank(cfg.r, (d_out, d_in))
     return {
         "A": kaiming_uniform(cfg.r, d_in, generator),
         "B": torch.zeros(d_out, cfg.r),
         "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
     }
+
+
+def from_factors(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Make the leaves whose change of the weight is ``B A``.
+
+    Returns:
+        A (..., r, d_in), B (..., d_out, r), _scale (...), which is 1.
+    """
+    return {"A": A, "B": B.to(A.dtype), "_scale": A.new_ones(A.shape[:-2])}
 
 
 VARIANT = Variant(
@@ -81,6 +90,13 @@ VARIANT = Variant(
     weight=weight,
     delta_norm=delta_norm,
     leaves=LOW_RANK,
+    low_rank=low_rank,
+    peft=PEFT_FORMATS,
+    trials={
+        "lora": Trial(peft=("LoraConfig", {"r": 8})),
+        "rslora": Trial({"alpha": 8.0, "rslora": True}),
+    },
+    pads=True,
     stacks=True,
     products_only=True,
 )

@@ -19,21 +19,22 @@ by about ``2 q^(t-1)`` for an odd one, so 4 is better than 5; for q ≥ 1 it doe
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from lora_func.checks import check_count
 from lora_func.configs import LinearConfig
-from lora_func.numerics._linalg import (
+from lora_func.numerics import (
     at_least_float32,
     cayley,
     rotate_blocks,
     skew,
     without_autocast,
 )
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense, linear
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.weights import Weight, dense, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +121,49 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + rotate_blocks(W, rotation(params).mT)
 
 
+def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+    settings = {"r": 0, "oft_block_size": shape[1] // leaves["R"].shape[0]}
+    if "_neumann" not in leaves:
+        return settings | {"use_cayley_neumann": False}
+    terms = leaves["_neumann"].shape[-1]
+    return settings | {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
+
+
+# PEFT's exact Cayley transform turns the other way
+_PEFT = PeftFormat(
+    "OFT",
+    leaves={"R": PeftLeaf("oft_R.weight", torch.neg, lambda R, _: -R)},
+    settings=_peft_settings,
+    means=lambda config, path: not config["use_cayley_neumann"],
+    holds=lambda leaves: "_neumann" not in leaves,
+    defaults={"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+    inert={"block_share": (None, False), "coft": (None, False)},
+)
+_PEFT_NEUMANN = _PEFT._replace(
+    leaves={"R": PeftLeaf("oft_R.weight")},
+    constants=lambda config, leaves, W: {
+        "_neumann": torch.ones(config["num_cayley_neumann_terms"])
+    },
+    means=lambda config, path: bool(config["use_cayley_neumann"]),
+    holds=lambda leaves: "_neumann" in leaves,
+)
+_SIZES = {"r": 0, "oft_block_size": 32}
+
 VARIANT = Variant(
     name="oft",
     config=OFT,
     init=init,
     apply=apply,
     weight=weight,
-    leaves={"R": "blocks pairs", "_neumann?": "terms"},
+    leaves={"R": "d_in/b pairs", "_neumann?": "terms"},
+    peft=(_PEFT, _PEFT_NEUMANN),
+    trials={
+        "oft": Trial(lr=3e-3, peft=("OFTConfig", {**_SIZES, "use_cayley_neumann": False})),
+        "oft-neumann": Trial(
+            {"neumann_terms": 5},
+            lr=3e-3,
+            peft=("OFTConfig", {**_SIZES, "use_cayley_neumann": True}),
+        ),
+    },
     stacks=True,
 )

@@ -26,11 +26,10 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_count
 from lora_func.configs import LowRankConfig
-from lora_func.numerics._linalg import difference, low_rank_norm, svd
-from lora_func.numerics._low_rank import LOW_RANK
-from lora_func.numerics._products import beside, scaled
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense
+from lora_func.numerics import add_low_rank, low_rank_difference, low_rank_norm, scaled, svd
+from lora_func.variant import Trial, Variant
+from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS
+from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ def init(W: Weight, cfg: PiSSA, generator: Generator, stats: None = None) -> dic
 
 
 def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return difference(params["A"], params["B"], params["_A0"], params["_B0"])
+    return low_rank_difference(params["A"], params["B"], params["_A0"], params["_B0"])
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     down, up = _factors(params)
-    return beside(x, W, down, up, scale=params["_scale"])
+    return add_low_rank(x, W, down, up, scale=params["_scale"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -93,13 +92,30 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + (scaled(up, params["_scale"]) @ down).to(W.dtype)
 
 
-def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
     """Compute the norm of ``s (B A - B0 A0)``.
 
     Returns:
         Shape ().
     """
     return low_rank_norm(*_factors(params), params["_scale"])
+
+
+def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Give the factors of the trained and of the initial product, the scale in B.
+
+    Returns:
+        Two pairs, shapes (..., r, d_in) and (..., d_out, r).
+    """
+    B, B0 = (scaled(params[leaf], params["_scale"]) for leaf in ("B", "_B0"))
+    return [(params["A"], B), (params["_A0"], -B0)]
+
+
+def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same change as a LoRA of rank 2r, for PEFT."""
+    A = torch.cat([leaves["A"], leaves["_A0"]])
+    B = torch.cat([leaves["B"], -leaves["_B0"]], 1)
+    return {"A": A, "B": B, "_scale": leaves["_scale"]}
 
 
 VARIANT = Variant(
@@ -110,6 +126,17 @@ VARIANT = Variant(
     weight=weight,
     delta_norm=delta_norm,
     leaves={**LOW_RANK, "_A0": "r d_in", "_B0": "d_out r"},
+    low_rank=low_rank,
+    peft=tuple(one._replace(convert=_as_lora) for one in PEFT_FORMATS),
+    trials={
+        "pissa": Trial(lr=3e-4, peft=("LoraConfig", {"r": 8, "init_lora_weights": "pissa"})),
+        "pissa-fast": Trial(
+            {"niter": 4},
+            lr=3e-4,
+            peft=("LoraConfig", {"r": 8, "init_lora_weights": "pissa_niter_4"}),
+        ),
+    },
+    pads=True,
     stacks=True,
     products_only=True,
 )

@@ -20,15 +20,16 @@ PEFT.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count
 from lora_func.configs import LinearConfig
-from lora_func.numerics._linalg import at_least_float32
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense, linear
+from lora_func.numerics import at_least_float32
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.weights import Weight, dense, linear
 
 _KINDS = (1, 2, 4)
 
@@ -104,6 +105,24 @@ def _rotate(y: Tensor, params: Mapping[str, Tensor], kind: int) -> Tensor:
     return torch.addcmul(turned, halves.flip(-2), across).flatten(-3)
 
 
+def _peft_format(kind: int) -> PeftFormat:
+    def settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+        return {"variant": f"road_{kind}", "group_size": shape[0] // leaves["theta"].shape[0]}
+
+    def read(tensor: Tensor, config: Mapping[str, Any]) -> Tensor:
+        g = config["group_size"]
+        return tensor.reshape(-1, *{1: (g // 2,), 2: (g,), 4: (2, g)}[kind])
+
+    names = ("theta", "alpha")
+    return PeftFormat(
+        "ROAD",
+        leaves={leaf: PeftLeaf(f"road_{leaf}", torch.Tensor.flatten, read) for leaf in names},
+        settings=settings,
+        means=lambda config, path: config["variant"] == f"road_{kind}",
+        defaults={"variant": "road_1", "group_size": 64},
+    )
+
+
 def _variant(kind: int) -> Variant:
     def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return _rotate(linear(x, W), params, kind)
@@ -114,11 +133,24 @@ def _variant(kind: int) -> Variant:
     def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
         return None if b is None else _rotate(b, params, kind)
 
-    shape = {1: "groups half", 2: "groups g", 4: "groups 2 g"}[kind]
-    leaves = {"theta": shape, "alpha": shape}
-    views = apply, weight, bias
-    made = Variant(f"road{kind}", ROAD, init, *views, leaves=leaves)
-    return made._replace(stacks=True, products_only=True)
+    shape = {1: "d_out/g g/2", 2: "d_out/g g", 4: "d_out/g 2 g"}[kind]
+    return Variant(
+        name=f"road{kind}",
+        config=ROAD,
+        init=init,
+        apply=apply,
+        leaves={"theta": shape, "alpha": shape},
+        weight=weight,
+        bias=bias,
+        peft=(_peft_format(kind),),
+        trials={
+            f"road{kind}": Trial(
+                {"kind": kind}, lr=1e-2, peft=("RoadConfig", {"variant": f"road_{kind}"})
+            )
+        },
+        stacks=True,
+        products_only=True,
+    )
 
 
 VARIANTS = tuple(_variant(kind) for kind in _KINDS)

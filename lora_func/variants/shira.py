@@ -18,16 +18,16 @@ them the values mean nothing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from lora_func.checks import check_choice
 from lora_func.configs import Calibration, RankConfig
-from lora_func.numerics._entries import beside_entries, with_entries
-from lora_func.numerics._linalg import at_least_float32
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense
+from lora_func.numerics import add_entries, at_least_float32, weight_with_entries
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return beside_entries(x, W, params["values"], params["_indices"])
+    return add_entries(x, W, params["values"], params["_indices"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -121,16 +121,26 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Shape (d_out, d_in).
     """
-    return with_entries(dense(W), params["values"], params["_indices"])
+    return weight_with_entries(dense(W), params["values"], params["_indices"])
 
 
-def delta_norm(params: Mapping[str, Tensor]) -> Tensor:
+def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
     """Compute the norm of D.
 
     Returns:
         Shape ().
     """
     return params["values"].double().square().sum(-1).sqrt()
+
+
+def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+    r, rest = divmod(len(leaves["values"]), sum(shape))
+    if rest:
+        raise ValueError(
+            f"has {len(leaves['values'])} entries; PEFT has r (d_out + d_in), which is a multiple "
+            f"of {sum(shape)}"
+        )
+    return {"mask_type": "random", "r": r}
 
 
 VARIANT = Variant(
@@ -142,5 +152,21 @@ VARIANT = Variant(
     observe=observe,
     delta_norm=delta_norm,
     leaves={"values": "nnz", "_indices": "2 nnz"},
+    neutral={"values": 0.0},
+    peft=(
+        PeftFormat(
+            "SHIRA",
+            leaves={
+                "values": PeftLeaf("shira_weight"),
+                "_indices": PeftLeaf("shira_indices", torch.Tensor.int, lambda t, _: t.double()),
+            },
+            settings=_peft_settings,
+        ),
+    ),
+    trials={
+        "shira": Trial({"r": 8}, peft=("ShiraConfig", {"r": 8})),
+        "shira-snip": Trial({"r": 8, "mask": "snip"}, data=True),
+    },
     stacks=True,
+    builds_dense=True,
 )

@@ -29,16 +29,16 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count, check_number
 from lora_func.configs import Calibration, LinearConfig
-from lora_func.numerics._linalg import (
+from lora_func.numerics import (
     SINGULAR,
+    add_low_rank,
     along_rows,
     at_least_float32,
-    refuse_rank_above,
+    check_rank,
     svd,
 )
-from lora_func.numerics._products import beside
-from lora_func.variant import BiasFn, Variant, WeightFn
-from lora_func.weights._layers import Weight, dense
+from lora_func.variant import BiasFn, Trial, Variant, WeightFn
+from lora_func.weights import Weight, dense
 
 _NAMES = {"scale": "ssteer", "exp": "ssteer_exp", "add": "ssteer_add", "ablate": "ssteer_ablate"}
 
@@ -106,7 +106,7 @@ def init(
     full = min(W.shape)
     r = full if cfg.r == -1 else cfg.r
     coeff = cfg.coeff if cfg.coeff is not None else float(cfg.mode != "ablate")
-    refuse_rank_above(r, W.shape)
+    check_rank(r, W.shape)
     U, S, Vh = svd(dense(W), full)
     if stats is None:
         if cfg.mode in ("add", "ablate"):
@@ -199,11 +199,24 @@ def _variant(
     bias: BiasFn | None = None,
 ) -> Variant:
     def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return beside(x, W, params["_Vh"], params["_U"], partial(steer, params))
+        return add_low_rank(x, W, params["_Vh"], params["_U"], partial(steer, params))
 
-    leaves = {"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR}
-    made = Variant(_NAMES[mode], SSteer, init, apply, weight, bias, leaves=leaves, pads=False)
-    return made._replace(observe=observe, stacks=True, products_only=True)
+    trial = Trial({"mode": mode}, lr=1e-2)
+    if mode in ("add", "ablate"):
+        trial = trial._replace(data=True, start="elsewhere")
+    return Variant(
+        name=_NAMES[mode],
+        config=SSteer,
+        init=init,
+        apply=apply,
+        leaves={"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR},
+        weight=weight,
+        bias=bias,
+        observe=observe,
+        trials={_NAMES[mode].replace("_", "-"): trial},
+        stacks=True,
+        products_only=True,
+    )
 
 
 VARIANTS = (

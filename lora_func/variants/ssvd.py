@@ -26,10 +26,17 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count, check_number
 from lora_func.configs import LinearConfig
-from lora_func.numerics._linalg import SINGULAR, along_rows, at_least_float32, cayley, skew, svd
-from lora_func.numerics._products import beside
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense
+from lora_func.numerics import (
+    SINGULAR,
+    add_low_rank,
+    along_rows,
+    at_least_float32,
+    cayley,
+    skew,
+    svd,
+)
+from lora_func.variant import Trial, Variant
+from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +126,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return beside(x, W, params["_Vh"], params["_U"], partial(_turn, params))
+    return add_low_rank(x, W, params["_Vh"], params["_U"], partial(_turn, params))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -139,7 +146,10 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     leaves={"K?": "pairs", "K_strict?": "pairs", "delta_s": "r", **SINGULAR},
-    pads=False,
+    trials={
+        "ssvd": Trial({"rotation_ratio": 0.25}),
+        "ssvd-strict": Trial({"rotation_ratio": 0.25, "orthogonality": "strict"}),
+    },
     stacks=True,
     products_only=True,
 )

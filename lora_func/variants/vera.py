@@ -22,10 +22,9 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_count, check_number
 from lora_func.configs import LinearConfig
-from lora_func.numerics._linalg import along_rows
-from lora_func.numerics._products import beside
-from lora_func.variant import Variant
-from lora_func.weights._layers import Weight, dense
+from lora_func.numerics import add_low_rank, along_rows, low_rank_norm
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """
     lambda_d, lambda_b = along_rows(params["lambda_d"]), along_rows(params["lambda_b"])
     A, B = _projections(params, W.shape[-1])
-    return beside(x, W, A, B, lambda h: h * lambda_d.to(h.dtype), lambda_b)
+    return add_low_rank(x, W, A, B, lambda h: h * lambda_d.to(h.dtype), lambda_b)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -104,6 +103,19 @@ def _projections(params: Mapping[str, Tensor], d_in: int) -> tuple[Tensor, Tenso
     return params["_A"][..., :d_in], params["_B"][..., : params["lambda_b"].shape[-1], :]
 
 
+def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor | None:
+    """Compute the norm of the added term; A is wider than the site, so the shape is needed.
+
+    Returns:
+        Shape (), or None without a shape.
+    """
+    if shape is None:
+        return None
+    lambda_d, lambda_b = params["lambda_d"][..., None], params["lambda_b"][..., None]
+    A, B = _projections(params, shape[1])
+    return low_rank_norm(lambda_d * A, lambda_b * B, B.new_ones(()))
+
+
 VARIANT = Variant(
     name="vera",
     config=VeRA,
@@ -117,6 +129,21 @@ VARIANT = Variant(
         "_A": "r widest_in",
         "_B": "widest_out r",
     },
+    delta_norm=delta_norm,
+    peft=(
+        PeftFormat(
+            "VERA",
+            leaves={
+                "lambda_d": PeftLeaf("vera_lambda_d"),
+                "lambda_b": PeftLeaf("vera_lambda_b"),
+            },
+            settings=lambda leaves, shape: {"r": leaves["lambda_d"].shape[-1]},
+            shared={"_A": "base_model.vera_A", "_B": "base_model.vera_B"},
+            conv1d=True,
+        ),
+    ),
+    trials={"vera": Trial(lr=1e-2, peft=("VeraConfig", {"r": 256}))},
+    pads=True,
     stacks=True,
     products_only=True,
 )

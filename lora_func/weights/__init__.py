@@ -1,1 +1,66 @@
-"""."""
+"""How frozen layers store their weights: dense, transposed, or quantised by bitsandbytes.
+
+Every other package sees a frozen layer as the affine map ``x -> x Wᵀ + b`` with ``W`` of shape
+(d_out, d_in), and reads it through ``linear``, ``matmul_weight`` and ``dense`` alone. A new storage
+is a new module here. What an adapter does to a weight belongs to ``variants``.
+"""
+
+from lora_func.weights._affine import (
+    Affine,
+    Weight,
+    bias_of,
+    dense,
+    is_stack,
+    linear,
+    matmul_weight,
+    matrices,
+)
+from lora_func.weights._bitsandbytes import (
+    is_packed,
+    is_quantised,
+    is_quantised_state,
+    is_unknown_quantised,
+    mixes_rows,
+    numel_of,
+    packed,
+    without_rounding,
+)
+from lora_func.weights._layers import (
+    affine,
+    bias_name,
+    check_not_computed,
+    has_matrix,
+    is_linear,
+    matrix,
+    restore_layout,
+    weight_at,
+)
+from lora_func.weights._packed import Packed
+
+__all__ = [
+    "Affine",
+    "Packed",
+    "Weight",
+    "affine",
+    "bias_name",
+    "bias_of",
+    "check_not_computed",
+    "dense",
+    "has_matrix",
+    "is_linear",
+    "is_packed",
+    "is_quantised",
+    "is_quantised_state",
+    "is_stack",
+    "is_unknown_quantised",
+    "linear",
+    "matmul_weight",
+    "matrices",
+    "matrix",
+    "mixes_rows",
+    "numel_of",
+    "packed",
+    "restore_layout",
+    "weight_at",
+    "without_rounding",
+]

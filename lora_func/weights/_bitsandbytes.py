@@ -1,4 +1,4 @@
-"""Which modules and parameters are quantised by bitsandbytes, told by the names of types."""
+"""Which modules and parameters bitsandbytes has quantised, recognised by the names of types."""
 
 import math
 import threading
@@ -9,32 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_func.compat import BITSANDBYTES_LAYERS, BITSANDBYTES_STATES, REPACKED_FOR_CPU
 from lora_func.weights._packed import Packed, Packed4, Packed8
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Tell whether a module is a quantised linear layer of bitsandbytes."""
+    """True for a quantised linear layer of bitsandbytes."""
     return type(module) is not nn.Linear and _kind(module) is not None
 
 
 def is_packed(parameter: Tensor) -> bool:
-    """Tell whether a parameter holds codes of bitsandbytes, or will, and no numbers."""
-    return type(parameter).__module__ == _MODULE
+    """True for a parameter that holds codes of bitsandbytes, now or after its quantisation."""
+    return type(parameter).__module__ == BITSANDBYTES_LAYERS[0]
 
 
-def size_of(parameter: Tensor) -> int:
-    """Count the numbers that a parameter stands for."""
+def numel_of(parameter: Tensor) -> int:
+    """Count the numbers that a parameter stands for; codes of 4 bits lie two in a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def is_state(value: object) -> bool:
-    """Tell whether an attribute of a module holds what belongs to its quantised weight."""
-    return type(value).__name__ in ("QuantState", "MatmulLtState")
+def is_quantised_state(value: object) -> bool:
+    """True for an attribute of a module that belongs to its quantised weight."""
+    return type(value).__name__ in BITSANDBYTES_STATES
 
 
 def mixes_rows(module: nn.Module, path: str) -> bool:
-    """Tell whether a row of a layer's input has a part in what others give."""
+    """True if one row of a layer's input changes the output of another row."""
     return is_quantised(module) and packed(module, path).mixes_rows
 
 
@@ -46,8 +47,8 @@ _rounding = _Rounding()
 
 
 @contextmanager
-def unrounded() -> Iterator[None]:
-    """Let 8-bit layers take their inputs as they are, in this thread."""
+def without_rounding() -> Iterator[None]:
+    """Let 8-bit layers take their inputs without rounding, in this thread."""
     _rounding.wanted = False
     try:
         yield
@@ -56,18 +57,18 @@ def unrounded() -> Iterator[None]:
 
 
 def packed(module: nn.Module, path: str) -> Packed:
-    """Read the weight of a quantised linear layer; no copy is made.
+    """Read the weight of a quantised linear layer, without a copy.
 
     Args:
         module: A module that ``is_quantised`` accepts.
         path: Its path, for messages.
 
     Returns:
-        The weight, as the layer computes with it in the mode that it is in.
+        The weight, as the layer computes with it in its current mode.
 
     Raises:
-        ValueError: If its weight is not quantised yet, or in a layout for inference alone.
-        TypeError: If it keeps its weight in floating point.
+        ValueError: If the weight is not quantised yet, or is repacked for inference.
+        TypeError: If the layer keeps its weight in floating point.
     """
     layer: Any = module
     if _kind(module) == "Linear4bit":
@@ -78,7 +79,7 @@ def packed(module: nn.Module, path: str) -> Packed:
             f"{path}: a Linear8bitLt with has_fp16_weights=True quantises a weight that it trains; "
             "accepted is has_fp16_weights=False"
         )
-    # bitsandbytes moves them when the layer first runs
+    # bitsandbytes moves the codes there when the layer first runs
     holder = state if layer.weight.CB is None else layer.weight
     if holder.CB is None or holder.SCB is None or holder.CB.dtype != torch.int8:
         raise ValueError(f"{path}: {_NOT_YET}")
@@ -91,7 +92,7 @@ def _packed4(layer: Any, path: str) -> Packed4:
     state = getattr(layer.weight, "quant_state", None) or layer.quant_state
     if state is None:
         raise ValueError(f"{path}: {_NOT_YET}")
-    if getattr(state, "packing_format_for_cpu", False):
+    if getattr(state, REPACKED_FOR_CPU, False):
         raise ValueError(
             f"{path}: bitsandbytes has repacked this weight for inference on this processor, and "
             "rounded it; load the model again, and run it through lora_func from the start"
@@ -102,8 +103,8 @@ def _packed4(layer: Any, path: str) -> Packed4:
 _NOT_YET = "its weight is not quantised yet; load the model, or move it with .to(device)"
 
 
-def is_opaque(module: nn.Module) -> bool:
-    """Tell whether a module derives from a quantised layer and computes something else."""
+def is_unknown_quantised(module: nn.Module) -> bool:
+    """True for a subclass of a quantised layer with a forward of its own."""
     return _base(module) is not None and _kind(module) is None
 
 
@@ -115,12 +116,8 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _base(module: nn.Module) -> type | None:
-    # by name, so that bitsandbytes stays unimported
+    package, names = BITSANDBYTES_LAYERS
     for found in type(module).__mro__:
-        if found.__module__ == _MODULE and found.__name__ in _LAYERS:
+        if found.__module__ == package and found.__name__ in names:
             return found
     return None
-
-
-_MODULE = "bitsandbytes.nn.modules"
-_LAYERS = ("Linear4bit", "Linear8bitLt")

@@ -1,168 +1,89 @@
-"""How layers store their weights: the only file that knows.
-
-Everything else sees a frozen layer as the affine map ``x -> x Wᵀ + b`` with ``W`` of shape (d_out,
-d_in) and reads it through :func:`linear` and :func:`dense` alone.
-"""
+"""Reading modules as affine maps: which modules have a matrix, and in which layout."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, device, dtype, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+import torch
+from torch import Tensor, nn
 
+from lora_func.compat import is_conv1d, is_convolution, is_transposed_convolution, parameters_of
+from lora_func.modules import ReadTracker, find_site, original_parameters
+from lora_func.weights._affine import Affine
 from lora_func.weights._bitsandbytes import is_packed, is_quantised, packed
-from lora_func.weights._packed import Packed
-from lora_func.weights._quantised import quantised_linear, quantised_times
-
-
-class Affine(NamedTuple):
-    """A frozen layer ``x -> x Wᵀ + b``, as a variant sees it.
-
-    The bias travels with the weight because one fused kernel call rounds differently from a product
-    and a sum: only so is an adapter that changes nothing equal to the layer bit for bit.
-
-    Attributes:
-        weight: ``W``, shape (d_out, d_in); packed where the layer is quantised.
-        bias: ``b``, shape (d_out,), or None.
-    """
-
-    weight: Tensor | Packed
-    bias: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
-        d_out, d_in = self.weight.shape
-        return d_out, d_in
-
-    @property
-    def dtype(self) -> dtype:
-        """What the weight computes in."""
-        return self.weight.dtype
-
-    @property
-    def device(self) -> device:
-        """Where the weight lies."""
-        return self.weight.device
-
-
-Weight: TypeAlias = Tensor | Affine
-
-
-def linear(x: Tensor, W: Weight) -> Tensor:
-    """Apply a frozen layer: ``x Wᵀ``, plus the bias if ``W`` carries one.
-
-    Args:
-        x: Activations, shape (..., d_in).
-        W: The frozen weight, or the weight with its bias.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    weight, bias = W if isinstance(W, Affine) else (W, None)
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    return quantised_linear(x, weight, bias)
-
-
-def times(A: Tensor, W: Weight) -> Tensor:
-    """Compute ``A Wᵀ`` for a matrix that is no activation; an 8-bit layer would round it.
-
-    Args:
-        A: Shape (..., d_in).
-        W: The frozen weight; a bias that it carries is left out.
-
-    Returns:
-        Shape (..., d_out), in the dtype of W.
-    """
-    weight, A = W.weight if isinstance(W, Affine) else W, A.to(W.dtype)
-    return F.linear(A, weight) if isinstance(weight, Tensor) else quantised_times(A, weight)
-
-
-def dense(W: Weight) -> Tensor:
-    """Return a frozen weight as an ordinary tensor, which nobody may write into.
-
-    Args:
-        W: The frozen weight, or the weight with its bias.
-
-    Returns:
-        Shape (d_out, d_in); dequantised where the layer is quantised.
-    """
-    weight = W.weight if isinstance(W, Affine) else W
-    return weight if isinstance(weight, Tensor) else weight.dense(weight.dtype)
-
-
-def bias_of(W: Weight) -> Tensor | None:
-    """Return the bias that a frozen weight carries, or None."""
-    return W.bias if isinstance(W, Affine) else None
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a linear map whose weight we can read.
-
-    A subclass of ``nn.Linear`` with a forward of its own computes something else, and is not.
+    """True if a module is a linear map whose weight can be read.
 
     Args:
         module: Any module.
 
     Returns:
-        True for ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' quantised layers.
+        True for ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' quantised layers. False
+        for a subclass of ``nn.Linear`` with its own forward, which computes something else.
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or _is_conv1d(module) or is_quantised(module)
+    return plain or is_conv1d(module) or is_quantised(module)
 
 
 def affine(module: nn.Module, path: str = "") -> Affine:
-    """Read the weight and bias of a linear-like module as they are now; no copy is made.
+    """Read the current weight and bias of a linear layer, without a copy.
 
     Args:
         module: A module that ``is_linear`` accepts.
         path: Its path, for messages.
 
     Returns:
-        Both.
+        The weight and the bias.
 
     Raises:
-        ValueError: If it is to be quantised and is not yet, or is for inference alone.
+        ValueError: If the layer will be quantised and is not yet, or is repacked for inference.
         TypeError: If it quantises a weight that it trains.
     """
-    bias = module.bias
-    assert bias is None or isinstance(bias, Tensor)
+    bias = _stored(module, "bias")
     if is_quantised(module):
         return Affine(packed(module, path), bias)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = _stored(module, "weight")
     return Affine(weight if isinstance(module, nn.Linear) else weight.T, bias)
 
 
+def _stored(module: nn.Module, name: str) -> Any:
+    """The stored parameter; a parametrized one is computed instead, by its attribute."""
+    own = parameters_of(module)
+    if torch.compiler.is_compiling() or name not in own:
+        return getattr(module, name)
+    return own.inner(name) if type(own) is ReadTracker else own[name]
+
+
 def has_matrix(module: nn.Module) -> bool:
-    """Tell whether a module's weight is a matrix that a variant can change.
+    """True if a module's weight is a matrix that a variant can change.
 
     Args:
         module: Any module.
 
     Returns:
-        True for what ``is_linear`` accepts, for convolutions (not transposed ones) and embeddings.
+        True for linear layers, convolutions that are not transposed, and embeddings.
     """
-    embedding = isinstance(module, nn.Embedding) and not is_packed(module.weight)
-    return is_linear(module) or _is_convolution(module) or embedding
+    embedding = isinstance(module, nn.Embedding) and not is_packed(
+        original_parameters(module)["weight"]
+    )
+    return is_linear(module) or is_convolution(module) or embedding
 
 
 def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> Affine:
-    """Read a parameter as the matrix of an affine map, with its bias where it has one.
+    """Read a parameter as the matrix of an affine map, with its bias if it has one.
 
-    A convolution of shape (d_out, c, ...) is the matrix (d_out, c * ...), an embedding of shape
-    (n, d) the matrix (d, n) that a one-hot row goes through. Three axes that are no convolution
-    are a stack of matrices (n, d_out, d_in), such as the experts of a mixture.
+    A convolution of shape (d_out, c, ...) is the matrix (d_out, c * ...). An embedding of shape
+    (n, d) is the matrix (d, n) that multiplies a one-hot row. Any other parameter of three axes is
+    a stack of matrices (n, d_out, d_in), such as the experts of a mixture.
 
     Args:
         module: Any module.
         own: Its parameters.
-        name: Which of them.
+        name: The name of one of them.
 
     Returns:
-        The weight, with a first axis more if it is a stack, and the bias.
+        The weight, with one more axis in front if it is a stack, and the bias.
 
     Raises:
         TypeError: If the parameter is no matrix.
@@ -170,9 +91,9 @@ def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> A
     found = own[name]
     if is_packed(found):
         raise TypeError(f"{name!r} is packed by bitsandbytes; name its module with target_modules")
-    if _is_convolution(module) and name == "weight":
+    if is_convolution(module) and name == "weight":
         found = found.flatten(1)
-    elif found.ndim not in (2, 3) or isinstance(module, _ConvTransposeNd):
+    elif found.ndim not in (2, 3) or is_transposed_convolution(module):
         raise TypeError(f"{name!r} has shape {tuple(found.shape)} and is no matrix")
     beside = bias_name(own, name)
     bias = None if beside is None else own[beside]
@@ -184,55 +105,50 @@ def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> A
     return Affine(found.mT if _is_transposed(module, name, found) else found, bias)
 
 
-def refuse_computed(path: str, own: Mapping[str, Any], name: str) -> None:
-    """Refuse a weight that the module does not keep as a parameter, such as a parametrized one.
+def weight_at(model: nn.Module, path: str) -> Affine:
+    """Read the weight that a path names, with its bias.
+
+    Args:
+        model: The model.
+        path: Path of a linear layer, of another module that ``has_matrix``, or of a parameter.
+
+    Returns:
+        The weight, with one more axis in front if it is a stack, and the bias.
 
     Raises:
-        TypeError: If it is one.
+        KeyError: If there is no such module or parameter.
+        TypeError: If it is no matrix.
+    """
+    module, name = find_site(model, path)
+    if name is None and is_linear(module):
+        return affine(module, path)
+    return matrix(module, original_parameters(module), name or "weight")
+
+
+def check_not_computed(path: str, own: Mapping[str, Any], name: str) -> None:
+    """Check that a module keeps a weight as a parameter; a parametrized weight is computed.
+
+    Raises:
+        TypeError: If the weight is computed when it is read.
     """
     if own.get(name) is None:
         raise TypeError(f"{path}: its weight is computed when it is read; remove what computes it")
 
 
-def stored(module: nn.Module, own: Mapping[str, Any], name: str, weight: Tensor) -> Tensor:
-    """Give what ``matrix`` read back the layout in which the module keeps it."""
+def restore_layout(module: nn.Module, own: Mapping[str, Any], name: str, weight: Tensor) -> Tensor:
+    """Bring a weight that ``matrix`` read back into the layout in which the module keeps it."""
     found = weight.mT if _is_transposed(module, name, weight) else weight
     return found.reshape(own[name].shape)
 
 
-def is_stack(W: object) -> bool:
-    """Tell whether this is a stack of matrices, as ``matrix`` reads it."""
-    return isinstance(W, Affine) and len(W.weight.shape) == 3
-
-
-def matrices(W: Any) -> list[Any]:
-    """Return the matrices of a stack, each with its bias; of anything else a list of that."""
-    if not is_stack(W):
-        return [W]
-    biases = [None] * len(W.weight) if W.bias is None else W.bias
-    return [Affine(weight, bias) for weight, bias in zip(W.weight, biases, strict=True)]
-
-
 def bias_name(own: Mapping[str, Any], name: str) -> str | None:
-    """Name the parameter, possibly None, that is added to what a weight gives."""
+    """Name the parameter, possibly None, that is added to the product with a weight."""
     beside = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
     return beside if beside in own else None
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
-
-
 def _is_transposed(module: nn.Module, name: str, weight: Tensor) -> bool:
-    if isinstance(module, nn.Embedding) or _is_conv1d(module):
+    if isinstance(module, nn.Embedding) or is_conv1d(module):
         return name == "weight"
-    # how transformers' experts say that theirs are (n, d_in, d_out)
+    # transformers' experts say so if theirs are (n, d_in, d_out)
     return weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # by name, so that transformers stays unimported
-    for found in type(module).__mro__:
-        if found.__name__ == "Conv1D" and found.__module__ == "transformers.pytorch_utils":
-            return type(module).forward is getattr(found, "forward", None)
-    return False

@@ -1,6 +1,6 @@
 """How bitsandbytes stores 4-bit and 8-bit weights.
 
-bitsandbytes is not imported: whoever has such a layer has imported it.
+bitsandbytes is not imported here: a model with such a layer has imported it.
 """
 
 import sys
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Packed4:
-    """A weight of 4 bits, as ``bitsandbytes.nn.Linear4bit`` stores it.
+    """A 4-bit weight, as ``bitsandbytes.nn.Linear4bit`` stores it.
 
     Attributes:
-        codes: Two in a byte.
+        codes: Two codes in each byte.
         state: bitsandbytes' ``QuantState``: shape, scales, kind of code.
-        compute_dtype: What the layer computes in; None for the dtype of what it is called with.
+        compute_dtype: The dtype of the product; None for the dtype of the input.
     """
 
     codes: Tensor
@@ -34,7 +34,7 @@ class Packed4:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layer computes in; of unknown dtype what the weight was quantised from."""
+        """The dtype of the product; the dtype before quantisation if that is unknown."""
         dtype: torch.dtype = self.compute_dtype or self.state.dtype
         return dtype
 
@@ -46,7 +46,7 @@ class Packed4:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lies."""
+        """The device of the weight."""
         return self.codes.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -71,7 +71,7 @@ class Packed4:
         return dequantised
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute ``x Wᵀ + b`` as bitsandbytes does, without derivatives.
+        """Compute ``x Wᵀ + b`` by bitsandbytes' kernel, without derivatives.
 
         Returns:
             Shape (..., d_out).
@@ -83,16 +83,16 @@ class Packed4:
 
 @dataclass(frozen=True, eq=False)
 class Packed8:
-    """A weight of 8 bits, as ``bitsandbytes.nn.Linear8bitLt`` stores it.
+    """An 8-bit weight, as ``bitsandbytes.nn.Linear8bitLt`` stores it.
 
-    The layer rounds what it is called with to 8 bits as well, but for the columns in which a value
-    is above a threshold (LLM.int8); in training mode on a CPU it does not. Derivatives pass that
-    rounding by, as in bitsandbytes.
+    The layer also rounds its input to 8 bits, except the columns with a value above a threshold
+    (LLM.int8). In training mode on a CPU it does not round. Gradients treat the rounding as the
+    identity (straight-through), as in bitsandbytes.
 
     Attributes:
         codes: int8, shape (d_out, d_in).
-        scales: float32, shape (d_out,), of the largest code, 127.
-        threshold: Above which a column of inputs is not rounded; 0 for none.
+        scales: float32, shape (d_out,): the value of the largest code, 127.
+        threshold: A column of inputs with a larger value is not rounded; 0 rounds all columns.
         rounds: Whether inputs are rounded.
     """
 
@@ -106,7 +106,7 @@ class Packed8:
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether a row of the input has a part in what others give."""
+        """True if one row of the input changes the output of another row."""
         return self.rounds and self.threshold > 0
 
     @property
@@ -116,7 +116,7 @@ class Packed8:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lies."""
+        """The device of the weight."""
         return self.codes.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -128,7 +128,7 @@ class Packed8:
         return self.codes.to(dtype).mul_(self.scales[:, None] * (1 / 127))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute ``x Wᵀ + b`` as bitsandbytes does, without derivatives.
+        """Compute ``x Wᵀ + b`` by bitsandbytes' kernel, without derivatives.
 
         Returns:
             Shape (..., d_out).
@@ -141,7 +141,7 @@ class Packed8:
         state.is_training, state.has_fp16_weights = False, False
         rows = x.reshape(-1, x.shape[-1])
         if self.threshold and x.dtype == torch.float16:
-            rows = rows.clone()  # on a CPU its kernel writes into them for a while
+            rows = rows.clone()  # the CPU kernel writes into its input for a while
         y: Tensor = bitsandbytes.matmul(rows, self.codes, state=state, bias=bias)
         return y.reshape(*x.shape[:-1], -1)
 

@@ -1,9 +1,8 @@
-"""Products with quantised weights that every transform goes through.
+"""Products with quantised weights, under every transform of torch.func.
 
-bitsandbytes' own autograd functions know no torch.func transform, and its kernels, called without
-them, lose tangents and gradients unnoticed. Here its kernels compute the product, and the
-derivative, which a frozen weight makes linear, is a product with the dequantised weight; that one
-is made anew each time and never kept.
+bitsandbytes' own autograd functions support no torch.func transform, and its bare kernels silently
+lose tangents and gradients. Here the kernels compute the product. The weight is frozen, so the
+derivative is a product with the dequantised weight, which is computed each time and never kept.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_func.runtime._transforms import needs_math
+from lora_func.compat import needs_math
 from lora_func.weights._packed import Packed, Packed4
 
 
@@ -32,7 +31,7 @@ def quantised_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     y: Tensor
     if not torch.compiler.is_compiling():
         y = _Linear.apply(x.to(dtype), bias, weight, False)  # type: ignore[no-untyped-call]
-    # the compiler goes through no Function with forward mode, and has none of its own without
+    # the compiler supports no Function with forward mode, and a Function without it has no jvp
     elif needs_math():
         y = F.linear(x.to(dtype), weight.dense(dtype), bias)
     else:
@@ -40,8 +39,8 @@ def quantised_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype) if isinstance(weight, Packed4) else y
 
 
-def quantised_times(x: Tensor, weight: Packed) -> Tensor:
-    """Compute ``x Wᵀ`` with the dequantised weight: for an ``x`` that is not to be rounded.
+def quantised_matmul(x: Tensor, weight: Packed) -> Tensor:
+    """Compute ``x Wᵀ`` with the dequantised weight, without rounding ``x``.
 
     Args:
         x: Shape (..., d_in).
@@ -52,19 +51,19 @@ def quantised_times(x: Tensor, weight: Packed) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return F.linear(x, weight.dense(x.dtype))
-    return _times(x, weight, True)
+    return _matmul(x, weight, True)
 
 
-def _times(x: Tensor, weight: Packed, transposed: bool) -> Tensor:
-    y: Tensor = _Times.apply(x, weight, transposed)  # type: ignore[no-untyped-call]
+def _matmul(x: Tensor, weight: Packed, transposed: bool) -> Tensor:
+    y: Tensor = _Matmul.apply(x, weight, transposed)  # type: ignore[no-untyped-call]
     return y
 
 
 class _CompiledLinear(torch.autograd.Function):
     """``x Wᵀ + b`` by bitsandbytes' kernels.
 
-    They are opaque to the compiler: of a dequantised weight, which it would find twice, it would
-    keep one for the backward pass.
+    The compiler cannot look into it. If it could, it would keep a dequantised weight for the
+    backward pass.
     """
 
     @staticmethod
@@ -83,7 +82,7 @@ class _CompiledLinear(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """``x Wᵀ + b`` by bitsandbytes' kernels; if apart for each of x's first axis by itself."""
+    """``x Wᵀ + b`` by bitsandbytes' kernels; with ``apart`` once for each ``x[i]``."""
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, weight: Packed, apart: bool) -> Tensor:
@@ -101,12 +100,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         of_x, of_bias, *_ = ctx.needs_input_grad
         gradient = gradient.to(ctx.dtypes[0])
-        pulled = _times(gradient, ctx.weight, False) if of_x else None
+        pulled = _matmul(gradient, ctx.weight, False) if of_x else None
         return pulled, _over_rows(gradient) if of_bias else None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, bias: Tensor | None, *_: None) -> Tensor:
-        pushed = _times(x, ctx.weight, True)
+        pushed = _matmul(x, ctx.weight, True)
         return (pushed if bias is None else pushed + bias).to(ctx.dtypes[1])
 
     @staticmethod
@@ -133,7 +132,7 @@ class _Linear(torch.autograd.Function):
         return y + own.view(len(own), *[1] * (y.ndim - 2), -1), 0
 
 
-class _Times(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     """``x W`` or ``x Wᵀ``."""
 
     @staticmethod
@@ -147,17 +146,17 @@ class _Times(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _times(gradient, ctx.weight, not ctx.transposed), None, None
+        return _matmul(gradient, ctx.weight, not ctx.transposed), None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *_: None) -> Tensor:
-        return _times(x, ctx.weight, ctx.transposed)
+        return _matmul(x, ctx.weight, ctx.transposed)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int, None, None], x: Tensor, weight: Packed, transposed: bool
     ) -> tuple[Tensor, int]:
-        return _times(x.movedim(in_dims[0], 0), weight, transposed), 0
+        return _matmul(x.movedim(in_dims[0], 0), weight, transposed), 0
 
 
 def _over_rows(gradient: Tensor) -> Tensor:

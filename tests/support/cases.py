@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_func as lf
-from lora_func.adapter._keys import parse
+from lora_func.adapter import parse
 from lora_func.configs import AdapterConfig
 from lora_func.variants import by_config
 from lora_func.variants._template import Template
-from lora_func.weights._layers import Affine, Weight, affine, dense
+from lora_func.weights import Affine, Weight, affine, dense
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 import lora_func as lf
-from lora_func.adapter._keys import group
+from lora_func.adapter import group
 from lora_func.variants import by_name
-from lora_func.weights._layers import affine
+from lora_func.weights import affine
 
 VOCABULARY = 64
 WIDTHS = {

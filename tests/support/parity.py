@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import lora_func as lf
-from lora_func.adapter._keys import parse
+from lora_func.adapter import parse
 from lora_func.variants import by_config
-from lora_func.weights._layers import affine
+from lora_func.weights import affine
 
 D_IN, D_OUT = 48, 64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_func.weights._layers import affine, dense
+from lora_func.weights import affine, dense
 from tests.support.models import make
 
 # it warns at each call of an 8-bit layer in float32

@@ -22,7 +22,7 @@ def test_formula(layer):
     A, B = layer.leaves["A"], layer.leaves["B"]
     W = layer.module.weight + 5.0 / A.shape[0] * B @ A
     torch.testing.assert_close(layer.apply(), F.linear(layer.x, W, layer.module.bias))
-    norm = layer.variant.delta_norm(layer.leaves)
+    norm = layer.variant.delta_norm(layer.leaves, None)
     torch.testing.assert_close(norm, torch.linalg.norm(W - layer.module.weight))
 
 

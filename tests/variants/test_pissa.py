@@ -23,7 +23,7 @@ def test_formula(layer):
     p, W = layer.leaves, layer.module.weight
     W = W + 3.0 / p["A"].shape[0] * (p["B"] @ p["A"] - p["_B0"] @ p["_A0"])
     torch.testing.assert_close(layer.apply(), F.linear(layer.x, W, layer.module.bias))
-    norm = layer.variant.delta_norm(p)
+    norm = layer.variant.delta_norm(p, None)
     torch.testing.assert_close(norm, torch.linalg.norm(W - layer.module.weight))
 
 

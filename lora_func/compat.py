@@ -1,0 +1,245 @@
+"""Every private name of torch, transformers, accelerate and bitsandbytes that is used here.
+
+No other file may use such a name. Each function says why there is no public way; a canary in
+``tests/test_compat.py`` fails when a new release changes the name.
+
+Warning:
+    These names may change in any release of those libraries.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------- transforms of torch
+
+
+def active_transforms() -> list[str]:
+    """Return the torch.func transforms around this call, outermost first: "Grad", "Vmap", "Jvp".
+
+    torch has no public way to ask. While compiling, the value is a constant of the graph.
+    """
+    stack = torch._C._functorch.get_interpreter_stack()
+    return [] if stack is None else [level.key().name for level in stack]
+
+
+def in_forward_mode() -> bool:
+    """True if a jvp is running, of torch.func or of torch.autograd.forward_ad."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """True if any transform is active, also while compiling."""
+    return bool(active_transforms()) or in_forward_mode()
+
+
+def needs_math() -> bool:
+    """True if a transform is active for which fused kernels have no rule."""
+    kinds = active_transforms()
+    return "Vmap" in kinds or in_forward_mode() or kinds.count("Grad") > 1
+
+
+for _constant in (needs_math, transformed):
+    # torch.compiler.assume_constant_result does the same, and imports the compiler
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """True if a tensor belongs to a torch.func transform, and dies with it."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor one transform below."""
+    return torch._C._functorch.get_unwrapped(tensor)
+
+
+def is_alive(tensor: Tensor) -> bool:
+    """True if the transform that a tensor belongs to is still running."""
+    level = torch._C._functorch.maybe_current_level() or 0
+    # -2 is the level of a transform that has ended
+    return torch._C._functorch.maybe_get_level(tensor) in range(-1, 1 + level)
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """True if autocast chooses the dtypes of products on a tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+# ------------------------------------------------------------------------------- tensors of torch
+
+
+def identity_of(tensor: Tensor) -> int:
+    """Return the identity of a tensor's C++ object, which several Python objects may share."""
+    return tensor._cdata
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def reshape_unsafe(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Reshape an autograd function's output; a public view of it cannot be written to in place."""
+    reshaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
+    return reshaped
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Return a context in which tensor subclasses act as tensors; torch documents the name."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def gradient_of_entries(gradient: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Compute ``Σ_n gradient[row, n] x[column, n]`` for each entry, without a dense matrix.
+
+    Args:
+        gradient: Shape (d_out, n).
+        x: Shape (d_in, n).
+        rows: Shape (nnz,).
+        columns: Shape (nnz,).
+
+    Returns:
+        Shape (nnz,). No public operation gives single entries of a product.
+    """
+    entries: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        gradient, x, columns, rows, rows, 0
+    )
+    return entries
+
+
+# ------------------------------------------------------------------------------- modules of torch
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """Return the dict in which a module keeps its own parameters; values may be None.
+
+    ``named_parameters(recurse=False)`` is a slow copy without the None; scripted modules have that.
+    """
+    own = module._parameters
+    return own if isinstance(own, dict) else dict(module.named_parameters(recurse=False))
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the dict in which a module keeps its children; a scripted module gives a copy."""
+    own = module._modules
+    return own if isinstance(own, dict) else dict(module.named_children())
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dict in which a module keeps its own buffers."""
+    own = module._buffers
+    return own if isinstance(own, dict) else dict(module.named_buffers(recurse=False))
+
+
+def forward_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return a module's forward hooks by their number; torch has no public list of them."""
+    return module._forward_hooks
+
+
+PARAMETERS, HOOKS, PRE_HOOKS = "_parameters", "_forward_hooks", "_forward_pre_hooks"
+"""The attributes of a module that hold its parameters, and the hooks around its forward."""
+
+CACHED_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
+"""Where torch's recurrent layers remember the tensors that their last call used."""
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile(model)`` wraps; any other module as it is."""
+    original = vars(model).get("_modules", {}).get("_orig_mod", model)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """True for convolutions, except transposed ones; their common base class is private."""
+    return isinstance(module, _ConvNd) and not is_transposed_convolution(module)
+
+
+def is_transposed_convolution(module: nn.Module) -> bool:
+    """True for transposed convolutions; their common base class is private."""
+    return isinstance(module, _ConvTransposeNd)
+
+
+def convolve(module: nn.Module, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run a convolution with another weight: its padding mode is applied only in this method."""
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor] = module._conv_forward  # type: ignore[assignment]
+    return run(image, weight, bias)
+
+
+def mixes_rows_in_training(module: nn.Module) -> bool:
+    """True for BatchNorm of any kind; their common base class is private."""
+    return isinstance(module, _BatchNorm)
+
+
+torch_checkpoint: Any = checkpoint.__wrapped__  # type: ignore[attr-defined]
+"""The function behind ``torch.utils.checkpoint.checkpoint``.
+
+Other modules bind ``checkpoint`` by name, so replacing it there has no effect. It looks up what it
+calls in ``CHECKPOINT_PATCH`` each time.
+"""
+CHECKPOINT_PATCH = (vars(torch_checkpoint), "__dynamo_disable")
+
+
+# ----------------------------------------------------------------------- transformers, accelerate
+
+
+def forward_slot(module: nn.Module) -> str:
+    """Name the attribute that an adapter replaces: accelerate's hooks stand in "forward"."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def masking_module() -> Any:
+    """Return the module in which transformers decides whether to look into a mask, if imported.
+
+    Its function ``is_tracing`` chooses the branch without data-dependent control flow.
+    """
+    return sys.modules.get("transformers.masking_utils")
+
+
+EXPERTS_SETTING = "_experts_implementation_internal"
+"""The attribute of a transformers config that names the implementation of experts."""
+
+
+def makes_inputs_require_grad(hook: Callable[..., Any]) -> bool:
+    """True for the hook that transformers installs with checkpointing; no transform allows it."""
+    return getattr(hook, "__name__", "") == "make_inputs_require_grads"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' ``Conv1D``, found by name: transformers stays unimported."""
+    for found in type(module).__mro__:
+        if found.__name__ == "Conv1D" and found.__module__ == "transformers.pytorch_utils":
+            return type(module).forward is getattr(found, "forward", None)
+    return False
+
+
+def is_cache(value: object) -> bool:
+    """True for transformers' caches of keys and values, found by name."""
+    return type(value).__module__.startswith("transformers.cache_utils")
+
+
+def never_calls(parent: nn.Module, name: str) -> bool:
+    """True if a parent only reads a child's weight, as Mamba-1's mixers do with ``dt_proj``."""
+    return name == "dt_proj" and hasattr(parent, "A_log") and hasattr(parent, "conv1d")
+
+
+# ------------------------------------------------------------------------------------ bitsandbytes
+
+BITSANDBYTES_LAYERS = ("bitsandbytes.nn.modules", ("Linear4bit", "Linear8bitLt"))
+BITSANDBYTES_STATES = ("QuantState", "MatmulLtState")
+REPACKED_FOR_CPU = "packing_format_for_cpu"
+"""Modules, classes and flags of bitsandbytes, which are recognised by name and never imported."""

@@ -1,0 +1,158 @@
+"""What a module runs in place of its own forward while an adapter is injected."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_func.compat import forward_slot, tree_map_only, without_torch_function
+from lora_func.errors import BusyModelError, UnusedLeafError
+from lora_func.runtime._patches import Patch
+from lora_func.weights import affine, is_packed, is_quantised, linear
+
+Forward: TypeAlias = Callable[..., Any]
+
+
+def check_used(unused: Iterable[set[str] | None]) -> None:
+    """Check that every leaf had a part in a call.
+
+    Args:
+        unused: For each adapter, the keys that nothing has used.
+
+    Raises:
+        UnusedLeafError: If there is any.
+    """
+    keys = set().union(*filter(None, unused))
+    if keys:
+        raise UnusedLeafError(
+            f"{len(keys)} leaves had no part in this call, such as {min(keys)!r}: the model skips "
+            "the layer, or only reads its weight past it, or the variant has no such leaf; leave "
+            "them out of the adapter, or name the weight with target_parameters, or pass "
+            "strict=False"
+        )
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class ForwardOverride:
+    """A module's forward during a call: what the module runs without an adapter.
+
+    Attributes:
+        original: The forward that it replaces.
+        base: What the module runs without an adapter: the same, except for a quantised layer.
+    """
+
+    original: Forward
+    base: Forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse copies and pickles of a running model, which would keep the adapter for good.
+
+        Raises:
+            BusyModelError: Always.
+        """
+        raise BusyModelError(
+            "a model cannot be copied or pickled while it runs with an adapter; do it before or "
+            "after, or use skeleton(model)"
+        )
+
+
+def override_forward(
+    module: nn.Module, path: str, kind: Callable[..., ForwardOverride], *settings: Any
+) -> Patch:
+    """Make the patch with which a module runs another forward.
+
+    Args:
+        module: The module.
+        path: Its path, for messages.
+        kind: The override; called with the forward that it replaces, with what the module runs
+            without an adapter, and with the settings.
+        *settings: The settings.
+
+    Returns:
+        The patch.
+
+    Raises:
+        TypeError: If the user's own function stands in the place of the forward.
+    """
+    own, slot = vars(module), forward_slot(module)
+    found = own.get(slot)
+    if found is None:
+        found = module.forward
+    elif isinstance(found, ForwardOverride):
+        found = found.original
+    elif slot == "forward":
+        raise TypeError(
+            f"{path}: its forward was replaced on the instance, by {found!r}, which would be "
+            "bypassed; remove that, or leave an adapted site out of the adapter"
+        )
+    base = partial(_run_quantised, path, module) if is_quantised(module) else found
+    return Patch(own, slot, kind(found, base, *settings))
+
+
+def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:
+    return linear(x, affine(module, path))
+
+
+class AdaptedTensor(Tensor):
+    """An adapted parameter that is computed when an operation needs its values.
+
+    Models often read only the dtype or the device of a weight, which must cost nothing.
+
+    Attributes:
+        compute: Computes the parameter.
+        lookup: Runs ``torch.nn.functional.embedding`` on it; None, or a result of None, if the
+            values are needed.
+    """
+
+    compute: Callable[[], Tensor]
+    lookup: Callable[..., Tensor | None] | None
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _METADATA:
+            with without_torch_function():
+                return function(*args, **kwargs)
+        if function is F.embedding:
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            rows: Tensor | None = weight.lookup(*args, **kwargs) if weight.lookup else None
+            if rows is not None:
+                return rows
+        args, kwargs = tree_map_only(cls, lambda t: t.compute(), (args, kwargs))
+        return function(*args, **kwargs)
+
+
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point),
+    *(Tensor.get_device, Tensor.element_size, Tensor.is_complex, Tensor.__len__),
+}
+
+
+def adapted_tensor(
+    stored: Tensor | None,
+    compute: Callable[[], Tensor],
+    lookup: Callable[..., Tensor | None] | None = None,
+) -> Any:
+    """Return what is read for a stored parameter while an adapter is injected.
+
+    Args:
+        stored: The stored parameter.
+        compute: Computes the adapted one.
+        lookup: Called in place of ``torch.nn.functional.embedding``; None if it may not be.
+    """
+    if stored is None or is_packed(stored):
+        return stored
+    found = stored.detach().as_subclass(AdaptedTensor)
+    found.compute, found.lookup = compute, lookup
+    return found

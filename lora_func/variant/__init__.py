@@ -1,0 +1,47 @@
+"""What a variant is: its functions, their protocols, and the types of its other fields.
+
+Everything that belongs to one method is a field of its ``Variant``: its functions, the axes of its
+leaves, PEFT's format, how it is summed, and the settings with which it is tried. The methods
+themselves stand in ``variants``.
+"""
+
+from lora_func.variant._axes import Axes, fit, parse_axes
+from lora_func.variant._peft_format import PeftFormat, PeftLeaf, matches_path
+from lora_func.variant._protocols import (
+    ApplyFn,
+    BiasFn,
+    ConcludeFn,
+    InitFn,
+    LowRankFn,
+    NormFn,
+    ObserveFn,
+    ParametersFn,
+    SharedFn,
+    WeightFn,
+)
+from lora_func.variant._variant import Params, Trial, Variant, check_variant, rank_of, ranks_of
+
+__all__ = [
+    "ApplyFn",
+    "Axes",
+    "BiasFn",
+    "ConcludeFn",
+    "InitFn",
+    "LowRankFn",
+    "NormFn",
+    "ObserveFn",
+    "ParametersFn",
+    "Params",
+    "PeftFormat",
+    "PeftLeaf",
+    "SharedFn",
+    "Trial",
+    "Variant",
+    "WeightFn",
+    "check_variant",
+    "fit",
+    "matches_path",
+    "parse_axes",
+    "rank_of",
+    "ranks_of",
+]

@@ -1,0 +1,102 @@
+"""The views of ``W' = W + s B A``, for variants that differ from LoRA only in their start."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_func.numerics import add_low_rank, low_rank_norm, scaled
+from lora_func.variant import PeftFormat, PeftLeaf
+from lora_func.weights import Affine, Weight, dense
+
+LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": ""}
+"""The leaves."""
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x, W) + s x Aᵀ Bᵀ``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return add_low_rank(x, W, params["A"], params["B"], scale=params["_scale"])
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + s B A``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + (scaled(params["B"], params["_scale"]) @ params["A"]).to(W.dtype)
+
+
+def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
+    """Compute the norm of ``s B A``.
+
+    Returns:
+        Shape ().
+    """
+    return low_rank_norm(params["A"], params["B"], params["_scale"])
+
+
+def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Give the factors, the scale in B.
+
+    Returns:
+        One pair, shapes (..., r, d_in) and (..., d_out, r).
+    """
+    return [(params["A"], scaled(params["B"], params["_scale"]))]
+
+
+def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+    r, scale = leaves["A"].shape[-2], leaves["_scale"].item()
+    # the alpha that divided by r gives the scale to the last bit
+    alpha = scale * r
+    near = (alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
+    return {"r": r, "lora_alpha": next((a for a in near if a / r == scale), alpha)}
+
+
+def _peft_scale(
+    config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine
+) -> dict[str, Tensor]:
+    r = leaves["A"].shape[-2]
+    scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
+    dtype = torch.promote_types(leaves["A"].dtype, torch.float32)
+    return {"_scale": torch.tensor(scale, dtype=dtype)}
+
+
+PEFT_LORA = PeftFormat(
+    "LORA",
+    leaves={"A": PeftLeaf("lora_A.weight"), "B": PeftLeaf("lora_B.weight")},
+    settings=_peft_settings,
+    constants=_peft_scale,
+    means=lambda config, path: not config.get("use_dora"),
+    patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
+    defaults={"lora_alpha": 8},
+    inert={
+        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+        "lora_bias": (None, False),
+        "use_qalora": (None, False),
+        "use_bdlora": (None, False),
+        "alora_invocation_tokens": (None,),
+        "layer_replication": (None,),
+        "trainable_token_indices": (None,),
+        "arrow_config": (None,),
+        "kasa_config": (None,),
+        "monteclora_config": (None,),
+    },
+    conv1d=True,
+)
+PEFT_EMBEDDING = PEFT_LORA._replace(
+    leaves={"A": PeftLeaf("lora_embedding_A"), "B": PeftLeaf("lora_embedding_B")},
+    embedding=True,
+)
+PEFT_FORMATS = (PEFT_LORA, PEFT_EMBEDDING)
+"""LoRA as PEFT stores it, on layers and on embeddings."""
+
+PEFT_EXPORTS = tuple(one._replace(convert=dict) for one in PEFT_FORMATS)
+"""The same for variants that are written as a LoRA; a LoRA is what is read."""
