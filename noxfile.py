@@ -6,6 +6,13 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_venv = "yes"
 
+# many small models: a process for each core is faster than threads in each process
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+FOLLOWED = ("transformers", "peft", "bitsandbytes")
+OLDEST = ("transformers==5.0.0", "peft==0.21.0", "bitsandbytes==0.46.0")
+"""The libraries whose private names compat.py uses: followed by name, and as first allowed."""
+
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -38,9 +45,29 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, doctests and the code of README and docs; arguments go to pytest."""
     install(session, "test", "-e", ".[all]")
-    # many small models: a process for each core is faster than threads for each process
-    one_thread = {"OMP_NUM_THREADS": "1"}
-    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=one_thread)
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(name="tests-oldest")
+def tests_oldest(session: nox.Session) -> None:
+    """Run the tests with the oldest allowed transformers, peft and bitsandbytes."""
+    install(session, "test", "-e", ".[all]", *OLDEST)
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(name="tests-nightly")
+def tests_nightly(session: nox.Session) -> None:
+    """Run the tests with the newest transformers, peft and bitsandbytes, pre-releases included."""
+    install(session, "test", "-e", ".[all]")
+    session.install("-c", "constraints.txt", "--upgrade", "--pre", *FOLLOWED)
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def tables(session: nox.Session) -> None:
+    """Write the tables of README, reference and CONTRIBUTING that are made from docstrings."""
+    install(session, "test", "-e", ".")
+    session.run("python", "docs/tables.py")
 
 
 @nox.session

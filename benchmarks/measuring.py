@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import lora_func as lf
+from lora_func.variants import all_variants
 
 mpl.use("Agg")
 
@@ -70,6 +71,48 @@ def tokens(rows: int, length: int, device: str = "cpu") -> dict[str, torch.Tenso
     return {"input_ids": ids, "labels": ids}
 
 
+class Trial(NamedTuple):
+    """A variant to measure.
+
+    Attributes:
+        config: Its config.
+        data: Whether ``init`` takes calibration data.
+        peft: Makes PEFT's config for the same method; None if PEFT has none.
+    """
+
+    config: lf.AdapterConfig
+    data: bool
+    peft: Callable[[], peft.PeftConfig] | None
+
+    def init(self, model: torch.nn.Module, device: str, seed: int = 0) -> lf.Params:
+        data = [tokens(4, 64, device)] if self.data else None
+        if self.data and self.config.calibration == "pairs":
+            data = [(tokens(4, 64, device), tokens(4, 32, device))]
+        return lf.init(model, self.config, seed=seed, data=data)
+
+
+def trials() -> dict[str, Trial]:
+    """The first settings of each variant, and all that PEFT has too."""
+    return {
+        name: Trial(variant.config(**trial.settings), trial.data, _peft_config(trial))
+        for variant in all_variants()
+        for i, (name, trial) in enumerate(variant.trials.items())
+        if i == 0 or trial.peft
+    }
+
+
+def _peft_config(trial: lf.Trial) -> Callable[[], peft.PeftConfig] | None:
+    if trial.peft is None:
+        return None
+    kind, settings = trial.peft
+    settings = dict(settings)
+    if settings.get("feedforward_modules"):
+        settings["feedforward_modules"] = PROJECTIONS
+    if "eva_config" in settings:
+        settings["eva_config"] = peft.EvaConfig(**settings["eva_config"])
+    return lambda: getattr(peft, kind)(**settings)
+
+
 def with_peft(model: torch.nn.Module, config: peft.PeftConfig) -> torch.nn.Module:
     config.target_modules = {*PROJECTIONS}
     return peft.get_peft_model(model, config).train()
@@ -99,9 +142,11 @@ def training_step(
     return step
 
 
-def trained_stack(model: torch.nn.Module, cfg: Any, adapters: int) -> dict[str, torch.Tensor]:
-    """A stack of adapters of several seeds, itself what is trained."""
-    each = [lf.init(model, cfg, seed=seed) for seed in range(adapters)]
+def trained_stack(
+    model: torch.nn.Module, trial: Trial, adapters: int, device: str
+) -> dict[str, torch.Tensor]:
+    """A stack of adapters of several seeds, whose leaves are trained themselves."""
+    each = [trial.init(model, device, seed) for seed in range(adapters)]
     return {
         key: leaf.detach().requires_grad_(each[0][key].requires_grad)
         for key, leaf in lf.stack(each).items()

@@ -20,31 +20,31 @@ from measuring import (
     training_step,
     with_peft,
 )
-from steps import PAIRS
+from steps import TRIALS
 
 import lora_func as lf
 
 
 def measure(name: str, side: str, adapters: int, options) -> Row:
-    base = qwen3(options.width, options.layers, options.device, biases=name == "bitfit")
+    base = qwen3(options.width, options.layers, options.device)
     batch = tokens(options.rows, options.tokens, options.device)
-    ours, theirs = PAIRS[name]
+    trial = TRIALS[name]
     if side == "PEFT":
-        model = with_peft(base, theirs())
+        model = with_peft(base, trial.peft())
         step = training_step(dict(model.named_parameters()), lambda: model(**batch).loss)
         return peak_of(lambda: model(**batch), step)
-    params = lf.init(base, ours)
+    params = trial.init(base, options.device)
     if side == "ours":
         step = training_step(params, lambda: lf.fcall(base, params, batch))
         return peak_of(lambda: lf.fcall(base, params, batch), step)
-    stack = trained_stack(base, ours, adapters)
+    stack = trained_stack(base, trial, adapters, options.device)
     step = training_step(stack, lambda: lf.vcall(base, stack, batch, check="never").sum())
     return peak_of(lambda: lf.fcall(base, params, batch), step)
 
 
 def main() -> None:
     defaults = {"width": 768, "layers": 4, "rows": 2, "tokens": 256}
-    parser = parser_of(__doc__, **defaults, variants=[*PAIRS], adapters=[1, 2, 4, 8, 16])
+    parser = parser_of(__doc__, **defaults, variants=[*TRIALS], adapters=[1, 2, 4, 8, 16])
     options = parser.parse_args()
     if options.only:
         print(json.dumps(measure(*options.only, options)))
@@ -53,9 +53,9 @@ def main() -> None:
         (name, side, 1)
         for name in options.variants
         for side in ("ours", "PEFT")
-        if side == "ours" or PAIRS[name][1]
+        if side == "ours" or TRIALS[name].peft
     ]
-    sweeps = [("lora", "sweep", adapters) for adapters in options.adapters]
+    sweeps = [(options.variants[0], "sweep", adapters) for adapters in options.adapters]
     found = dict(zip(sides + sweeps, in_processes(__file__, sides + sweeps), strict=True))
     rows: list[Row] = []
     for name in options.variants:

@@ -7,23 +7,13 @@ One square linear layer for each width. EVA sees 4 batches of 1024 rows.
 
 import peft
 import torch
-from measuring import Row, alternately, parser_of, report
+from measuring import Row, alternately, parser_of, report, trials
 from torch import nn
 from tqdm import tqdm
 
 import lora_func as lf
 
-OURS = {
-    "pissa": lf.PiSSA(r=16),
-    "pissa, 4 iterations": lf.PiSSA(r=16, niter=4),
-    "antipasto": lf.AntiPaSTO(r=16),
-    "eva": lf.EVA(r=16),
-}
-PEFT = {
-    "pissa": {"init_lora_weights": "pissa"},
-    "pissa, 4 iterations": {"init_lora_weights": "pissa_niter_4"},
-    "eva": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
-}
+TRIALS = trials()
 
 
 class Layer(nn.Module):
@@ -41,21 +31,27 @@ class Layer(nn.Module):
 def measure(name: str, width: int, options) -> Row:
     model = Layer(width, options.device)
     generator = torch.Generator().manual_seed(0)
-    data = [{"x": torch.randn(1024, width, generator=generator)} for _ in range(4)]
+    trial = TRIALS[name]
+    pairs = trial.config.calibration == "pairs"
+    shape = (256, 4, width) if pairs else (1024, width)
+    data = [{"x": torch.randn(shape, generator=generator)} for _ in range(4)]
     data = [{"x": batch["x"].to(options.device)} for batch in data]
+    if pairs:
+        data = [(data[0], data[1]), (data[2], data[3])]
 
     def ours() -> None:
         with torch.no_grad():
-            lf.init(model, OURS[name], data=data if name in ("eva", "antipasto") else None)
+            lf.init(model, trial.config, data=data if trial.data else None)
 
     def theirs() -> None:
-        config = peft.LoraConfig(r=16, target_modules=["layer"], **PEFT[name])
+        config = trial.peft()
+        config.target_modules = ["layer"]
         wrapped = peft.get_peft_model(Layer(width, options.device), config)
-        if name == "eva":
+        if getattr(config, "eva_config", None) is not None:
             nothing = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
             peft.initialize_lora_eva_weights(wrapped, data, show_progress_bar=False, **nothing)
 
-    functions = {"ours": ours, "PEFT": theirs} if name in PEFT else {"ours": ours}
+    functions = {"ours": ours, "PEFT": theirs} if trial.peft else {"ours": ours}
     seconds = alternately(functions, options.repeats, warmups=0)
     other = seconds.get("PEFT")
     return {
@@ -67,9 +63,9 @@ def measure(name: str, width: int, options) -> Row:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, widths=[1024, 4096], repeats=1, starts=[*OURS])
+    parser = parser_of(__doc__, widths=[1024, 4096], repeats=1, variants=[*TRIALS])
     options = parser.parse_args()
-    todo = [(name, width) for width in options.widths for name in options.starts]
+    todo = [(name, width) for width in options.widths for name in options.variants]
     rows = [measure(*one, options) for one in tqdm(todo, unit="start")]
     report("starts", rows, ["PEFT / ours"], options)
 

@@ -19,7 +19,7 @@ from measuring import (
     training_step,
     with_peft,
 )
-from steps import PAIRS
+from steps import TRIALS
 from tqdm import tqdm
 
 import lora_func as lf
@@ -27,12 +27,12 @@ import lora_func as lf
 
 def measure(adapters: int, length: int, options) -> Row:
     base = qwen3(options.width, options.layers, options.device)
-    ours, theirs = PAIRS[options.variant]
+    trial = TRIALS[options.variant]
     batch = tokens(1, length, options.device)
     wide = tokens(adapters, length, options.device)
-    params = lf.init(base, ours)
-    stacked = trained_stack(base, ours, adapters)
-    other = with_peft(qwen3(options.width, options.layers, options.device), theirs())
+    params = trial.init(base, options.device)
+    stacked = trained_stack(base, trial, adapters, options.device)
+    other = with_peft(qwen3(options.width, options.layers, options.device), trial.peft())
     vmapped = torch.vmap(lf.fcall, in_dims=(None, 0, None))
     functions = {
         "vcall": training_step(stacked, lambda: lf.vcall(base, stacked, batch).sum()),

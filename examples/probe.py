@@ -14,7 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora_func as lf
+from lora_func.variants import all_variants
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,62 +37,37 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to train.
+    """A row to train: a variant with settings, or the head alone.
 
     Attributes:
         config: The adapter's config class; None for the head alone.
-        settings: Its fields.
-        lr: Learning rate of the adapter.
-        data: What it is calibrated on: "inputs", "pairs" or nothing.
-        id_err: The largest change of a logit at the start; infinite for what steers from the start.
+        trial: The settings, the learning rate and what else the variant says about trying it.
     """
 
-    config: Callable[..., lf.AdapterConfig] | None
-    settings: Mapping[str, object] = field(default_factory=dict)
-    lr: float = 1e-3
-    data: str | None = None
-    id_err: float = 0.0
+    config: type[lf.AdapterConfig] | None
+    trial: lf.Trial
 
     def configs(self, task: Task) -> list[lf.AdapterConfig]:
         if self.config is None:
             return [task.head]
-        adapter = self.config(layers=task.layers, **self.settings)
+        adapter = self.config(layers=task.layers, **self.trial.settings)
         return [adapter, task.head] if task.with_head else [adapter]
 
+    def data(self, task: Task) -> list[object] | None:
+        """The calibration data that ``init`` takes."""
+        if not self.trial.data:
+            return None
+        pairs = self.configs(task)[0].calibration == "pairs"
+        return task.pairs[:8] if pairs else task.data[:8]
 
-ANY = float("inf")
-PAIRS = {"data": "pairs", "id_err": ANY, "lr": 1e-2}
-VARIANTS = {
-    "head": Entry(None),
-    "lora": Entry(lf.LoRA),
-    "rslora": Entry(lf.LoRA, {"alpha": 8.0, "rslora": True}),
-    "pissa": Entry(lf.PiSSA, lr=3e-4),
-    "eva": Entry(lf.EVA, data="inputs"),
-    "eva-rho2": Entry(lf.EVA, {"rho": 2.0}, data="inputs"),
-    "dora": Entry(lf.DoRA),
-    "delora": Entry(lf.DeLoRA, {"lambda_": 1.0}),
-    "delora-copy": Entry(lf.DeLoRA, {"init": "frozen_copy"}),
-    "vera": Entry(lf.VeRA, lr=1e-2),
-    "ia3": Entry(lf.IA3, lr=1e-2),
-    "ia3_ff": Entry(lf.IA3FF, lr=1e-2),
-    "road1": Entry(lf.ROAD, {"kind": 1}, lr=1e-2),
-    "road2": Entry(lf.ROAD, {"kind": 2}, lr=1e-2),
-    "road4": Entry(lf.ROAD, {"kind": 4}, lr=1e-2),
-    "hra": Entry(lf.HRA, lr=3e-3, id_err=1e-4),
-    "oft": Entry(lf.OFT, lr=3e-3),
-    "oft-neumann": Entry(lf.OFT, {"neumann_terms": 5}, lr=3e-3),
-    "ssvd": Entry(lf.SSVD, {"rotation_ratio": 0.25}),
-    "ssvd-strict": Entry(lf.SSVD, {"rotation_ratio": 0.25, "orthogonality": "strict"}),
-    "antipasto": Entry(lf.AntiPaSTO, {"r": 32}, lr=1e-2, data="inputs"),
-    "antipasto-U": Entry(lf.AntiPaSTO, {"r": 32, "rotate": "U"}, lr=1e-2, data="inputs"),
-    "antipasto-S": Entry(lf.AntiPaSTO, {"r": 32, "rotate": "none"}, lr=1e-2, data="inputs"),
-    "ssteer": Entry(lf.SSteer, lr=1e-2),
-    "ssteer-exp": Entry(lf.SSteer, {"mode": "exp"}, lr=1e-2),
-    "ssteer-add": Entry(lf.SSteer, {"mode": "add"}, **PAIRS),
-    "ssteer-ablate": Entry(lf.SSteer, {"mode": "ablate"}, **PAIRS),
-    "shira": Entry(lf.SHiRA, {"r": 8}),
-    "shira-snip": Entry(lf.SHiRA, {"r": 8, "mask": "snip"}, data="inputs"),
-    "bitfit": Entry(lf.BitFit, {"allow_new_bias": True}, lr=3e-3),
+
+ID_ERR = {"exact": 0.0, "close": 1e-4, "elsewhere": float("inf")}
+"""The largest change of a logit at the start, by the kind of start."""
+
+VARIANTS = {"head": Entry(None, lf.Trial())} | {
+    name: Entry(variant.config, trial)
+    for variant in all_variants()
+    for name, trial in variant.trials.items()
 }
 
 
@@ -216,8 +192,7 @@ def train(task: Task, params: lf.Params, lr: float, epochs: int, seed: int, row:
 
 
 def make(task: Task, entry: Entry, seed: int) -> lf.Params:
-    data = {None: None, "inputs": task.data[:8], "pairs": task.pairs[:8]}[entry.data]
-    return lf.init(task.model, entry.configs(task), seed=seed, data=data)
+    return lf.init(task.model, entry.configs(task), seed=seed, data=entry.data(task))
 
 
 def probe(name: str, task: Task, epochs: int, seed: int) -> Row:
@@ -234,7 +209,7 @@ def probe(name: str, task: Task, epochs: int, seed: int) -> Row:
         row.id_err = (logits(model, params, batch) - model(**batch).logits).abs().max().item()
     row.perturb = smallest_change(model, params, batch)
     row.before = accuracy(task, params)
-    train(task, params, entry.lr, epochs, seed, row)
+    train(task, params, entry.trial.lr, epochs, seed, row)
     row.after = accuracy(task, params)
     row.moved = torch.stack([(trained[key] - start[key]).norm() for key in trained]).norm().item()
     row.reload = reload_error(model, params, batch)
@@ -244,11 +219,11 @@ def probe(name: str, task: Task, epochs: int, seed: int) -> Row:
     changed = [
         key for key, tensor in model.state_dict().items() if not torch.equal(tensor, base[key])
     ]
-    if name == "eva-rho2":  # sites whose inputs explain little may end without a rank
+    if entry.trial.drops_sites:
         row.check(sites <= expected, f"targets differ: {sites - expected}")
     else:
         row.check(sites == expected, f"targets differ: {sites ^ expected}")
-    row.check(row.id_err <= entry.id_err, "the start is not the base model")
+    row.check(row.id_err <= ID_ERR[entry.trial.start], "the start is not the base model")
     row.check(row.perturb > 0, "a leaf has no effect on the output")
     row.check(not still, f"leaves that never moved: {still}")
     row.check(not changed, f"base tensors that changed: {changed}")

@@ -27,7 +27,8 @@ import matplotlib.pyplot as plt
 
 
 def optimizer_of(adapters: dict[str, lf.Params]) -> torch.optim.Optimizer:
-    groups = [group for name in adapters for group in groups_of(adapters[name], VARIANTS[name].lr)]
+    rates = {name: VARIANTS[name].trial.lr for name in adapters}
+    groups = [group for name in adapters for group in groups_of(adapters[name], rates[name])]
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 

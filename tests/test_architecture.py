@@ -1,4 +1,4 @@
-"""The shape of the package: order of packages, faces, private names, short files, a light import."""
+"""The shape of the package: imports, faces, private names, short files, a light import."""
 
 import ast
 import re
@@ -15,28 +15,11 @@ PACKAGE = Path(lora_func.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOT = PACKAGE.parent
 
-ORDER = [
-    "version",
-    "errors",
-    "checks",
-    "compat",
-    "modules",
-    "configs",
-    "weights",
-    "variant",
-    "numerics",
-    "variants",
-    "adapter",
-    "targeting",
-    "runtime",
-    "initialization",
-    "sweep",
-    "export",
-    "files",
-    "peft",
-    "__init__",
-    "__main__",
-]
+ORDER = (
+    *("version", "errors", "checks", "compat", "modules", "configs", "weights", "variant"),
+    *("numerics", "variants", "adapter", "targeting", "runtime", "initialization", "sweep"),
+    *("export", "files", "peft", "__init__", "__main__"),
+)
 """The packages and top-level modules; each imports only from those before it, and from itself."""
 
 
@@ -87,25 +70,23 @@ def test_every_package_says_what_belongs_there():
         assert len(text.split("\n\n")) > 1 or len(text.splitlines()) > 2, face
 
 
-FOREIGN = re.compile(r"_(replace|asdict|fields)$")
+def own_names(tree):
+    """The private names that a file defines, or sets on its own objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif getattr(getattr(node, "value", None), "id", None) in ("self", "cls", "handle"):
+            yield getattr(node, "attr", "")
 
 
 def private_names(file):
-    """Attributes and imports with a leading underscore that are not the file's own."""
+    """The private names that a file uses of other libraries."""
     tree = ast.parse(file.read_text())
-    own = {
-        name
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Attribute, ast.AnnAssign))
-        for name in [getattr(node, "name", getattr(node, "attr", None))]
-        if not isinstance(node, ast.Attribute)
-        or (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "handle"))
-    }
+    own = {*own_names(tree)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr):
-            if node.attr not in own and not FOREIGN.match(node.attr):
-                yield node.attr
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] != "lora_func":
+            yield from {node.attr} - own - {"_replace"}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] != "lora_func":
             yield from (a.name for a in node.names if re.match(r"_[a-z]", a.name))
             yield from re.findall(r"\._[a-z]\w*", node.module)
 
@@ -120,7 +101,7 @@ def test_no_variant_is_named_outside_its_file():
     names = {variant.name for variant in variants.all_variants()}
     general = re.compile(r"full|lora")  # the head of every key, and the package's own name
     folders = ["lora_func/peft", "lora_func/adapter", "lora_func/files", "lora_func/export"]
-    folders += ["lora_func/runtime", "lora_func/sweep", "benchmarks"]
+    folders += ["lora_func/runtime", "lora_func/sweep", "benchmarks", "examples"]
     for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and node.value in names:

@@ -9,15 +9,12 @@ from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 
 import lora_func as lf
-from tests.support.families import FAMILIES
-from tests.support.models import batch_for, make, scramble
+from tests.support.families import EACH_FAMILY, FAMILIES
+from tests.support.models import TiedTwice, batch_for, make, scramble
+from tests.support.pairs import close, each_pair, moved
 from tests.support.quantised import make_quantised
-from tests.test_call import assert_same as assert_same_bits
-from tests.test_call import snapshot
-from tests.test_effective import TiedTwice
-from tests.test_families import EACH_FAMILY
-from tests.test_merge import close, moved
-from tests.test_variants import each_pair
+from tests.support.snapshots import assert_same as assert_same_bits
+from tests.support.snapshots import snapshot
 
 
 def assert_same(before, model):
@@ -30,7 +27,7 @@ def new_bias(case, family):
     return case.name in ("ssteer-ablate", "bitfit-new") and family == "qwen3"
 
 
-@each_pair(lambda case: case.name != "ssteer-add")
+@each_pair(lambda case: case.has_weight)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_of_every_variant(case, family, dtype):
     """The call with, inside and without an adapter, attached and merged: one number."""
@@ -39,7 +36,7 @@ def test_of_every_variant(case, family, dtype):
     trained = [*lf.partition(params)[0].values()]
     theirs = torch.autograd.grad(expected, trained)
     if new_bias(case, family):
-        with pytest.raises(TypeError, match="gives it a bias, which it has not; run the model"):
+        with pytest.raises(TypeError, match="adds a bias, and the layer has none; run the model"):
             lf.attach(model, params)
         assert_same(before, model)
         return
@@ -250,7 +247,7 @@ def test_what_is_refused():
     steering = lf.init(model, lf.SSteer(mode="add"), data=pairs)
     with pytest.raises(TypeError, match=r"q_proj: ssteer_add is not linear in x .* adapted"):
         lf.attach(model, steering)
-    with pytest.raises(ValueError, match="is a stack; attach takes one adapter"):
+    with pytest.raises(ValueError, match="is a stack; take its adapters one by one"):
         lf.attach(model, lf.stack([params, params]))
     with pytest.raises(ValueError, match=r"q_proj\.lora\.C: lora has no such leaf"):
         lf.attach(model, params | {"model.layers.0.self_attn.q_proj.lora.C": torch.ones(1)})

@@ -40,7 +40,11 @@ def _apply(W, params, x):
     return lf.linear(x, W) * (1 + params["g"]) + 0 * params["_seen"].sum()
 
 
-lf.register(lf.Variant("look", Look, _init, _apply, observe=_observe))
+lf.register(
+    lf.Variant(
+        "look", Look, _init, _apply, leaves={"g": "d_out", "_seen": "tokens d_in"}, observe=_observe
+    )
+)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +32,12 @@ def test_the_code_runs(page, tmp_path):
 def test_the_fifteen_lines_are_fifteen():
     quickstart = blocks(ROOT / "README.md")[1]
     assert len([line for line in quickstart.splitlines() if line.strip()]) == 15
+
+
+def test_the_tables_are_those_of_the_docstrings():
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text()
+        assert tables.filled(text) == text, f"{page}: run `python -m nox -s tables`"
 
 
 def test_links_lead_somewhere():

@@ -14,7 +14,7 @@ from lora_func.adapter import SHARED, group
 from lora_func.variants import by_name
 from lora_func.weights import Affine
 from tests.support.cases import CASES, Made
-from tests.support.models import scramble
+from tests.support.models import TiedTwice, scramble
 
 
 class Experts(nn.Module):
@@ -130,11 +130,7 @@ def with_new_weights(model, params, name):
     return parameters
 
 
-NO_DATA = [
-    case
-    for case in CASES
-    if not case.data and not case.name.startswith("full") and case.name != "bitfit-new"
-]
+NO_DATA = [case for case in CASES if not case.data and case.is_adapter and case.bias is not False]
 
 
 def adapter(case, place, seed=0):
@@ -451,16 +447,6 @@ def test_another_parameter_of_an_embedding():
     adapters = [scramble(lf.init(model, cfg, seed=seed, dtype=torch.float64)) for seed in (0, 1)]
     ours = lf.vcall(model, lf.stack(adapters), IDS)
     torch.testing.assert_close(ours, torch.stack([lf.fcall(model, one, IDS) for one in adapters]))
-
-
-class TiedTwice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        return self.head(torch.tanh(self.embed(ids)))
 
 
 def test_a_tied_parameter_and_an_adapter_on_one_of_its_modules():

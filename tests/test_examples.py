@@ -10,13 +10,12 @@ import sweep
 import variants_race
 
 import lora_func as lf
-from tests.test_probe import tiny  # noqa: F401
 
 SMALL = ["--packages", "3", "--most", "16", "--length", "12", "--batch-size", "8", "--epochs", "1"]
 
 
 @pytest.fixture
-def run(tiny, tmp_path, monkeypatch):  # noqa: F811
+def run(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(example, plot, *arguments):
@@ -27,7 +26,7 @@ def run(tiny, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("halving", [[], ["--halving"]], ids=["", "halving"])
-def test_sweep(run, tiny, tmp_path, capsys, halving):  # noqa: F811
+def test_sweep(run, tiny, tmp_path, capsys, halving):
     grid = ["--ranks", "2,4", "--alphas", "4", "--lrs", "1e-3,1e-2", "--seeds", "0,1"]
     run(sweep, "sweep.png", "--model", str(tiny), *SMALL, *grid, *halving)
     shown = capsys.readouterr().out
@@ -38,21 +37,21 @@ def test_sweep(run, tiny, tmp_path, capsys, halving):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_variants_race(run, tiny, capsys):  # noqa: F811
+def test_variants_race(run, tiny, capsys):
     run(variants_race, "race.png", "--model", str(tiny), *SMALL)
     assert capsys.readouterr().out.count("%") == len(variants_race.VARIANTS)
 
 
-def test_per_sample_gradients(run, tiny):  # noqa: F811
+def test_per_sample_gradients(run, tiny):
     run(per_sample_gradients, "per_sample.png", "--model", str(tiny), *SMALL)
 
 
-def test_influence(run, tiny):  # noqa: F811
+def test_influence(run, tiny):
     run(influence, "influence.png", "--model", str(tiny), *SMALL, "--wrong", "0.4")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_qlora(run, tiny, capsys, bits):  # noqa: F811
+def test_qlora(run, tiny, capsys, bits):
     run(qlora, "qlora.png", "--model", str(tiny), *SMALL, "--bits", str(bits))
     assert capsys.readouterr().out.count(f"{bits} bits, sweep") == 8
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import lora_func as lf
-from tests.support.families import FAMILIES
-from tests.test_call import assert_same, snapshot
+from tests.support.families import EACH_FAMILY
+from tests.support.snapshots import assert_same, snapshot
 
-EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 OVER_ADAPTERS = (None, 0, None)
 
 

@@ -182,7 +182,7 @@ def test_register_refuses_what_would_clash():
     lf.register(variant)
     lf.register(variant)
     again = variant._replace(config=lf.LinearConfig)
-    with pytest.raises(ValueError, match="'one': the name is taken.*pass overwrite=True"):
+    with pytest.raises(ValueError, match=r"'one': the name is taken.*pass overwrite=True"):
         lf.register(again)
     with pytest.raises(ValueError, match="'two': config One belongs to 'one'"):
         lf.register(variant._replace(name="two"))
@@ -191,7 +191,7 @@ def test_register_refuses_what_would_clash():
     with pytest.raises(ValueError, match="three: leaves is empty"):
         lf.register(variant._replace(name="three", leaves={}))
     for leaves, message in (
-        ({"b": "d_out r+1"}, "axis 'r\\+1': expected a name"),
+        ({"b": "d_out r+1"}, r"axis 'r\+1': expected a name"),
         ({"b": "r d_in | d_in r"}, "'b' have the rank at different places"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ from lora_func.weights import Affine, dense
 from tests.support.cases import CASES, Layers, make_layer, make_params, random_like, scrambled_stack
 from tests.support.strategies import dims, layers, seeds
 
-LINEAR = [case for case in CASES if make_layer(case).variant.weight is not None]
+LINEAR = [case for case in CASES if case.has_weight]
 
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=repr)
 EACH_LINEAR_CASE = pytest.mark.parametrize("case", LINEAR, ids=repr)
@@ -42,7 +42,7 @@ def output(layer):
 @EACH_START
 @given(data=st.data(), dtype=st.sampled_from(FLOATS), leaf_dtype=st.sampled_from(FLOATS))
 def test_the_start_is_the_frozen_layer_bit_for_bit(case, data, dtype, leaf_dtype):
-    if case.name.startswith("full"):  # a copy is exact where its dtype holds the parameter's
+    if not case.is_adapter:  # a copy is exact where its dtype holds the parameter's
         leaf_dtype = torch.promote_types(dtype, leaf_dtype)
     layer = data.draw(layers(case, dtype=dtype, leaf_dtype=leaf_dtype))
     y, frozen = layer.apply(), layer.module(layer.x)
@@ -69,7 +69,7 @@ def test_autocast_leaves_the_start_and_the_dtype_of_the_output(case, data, scram
 @EACH_CASE
 @given(data=st.data(), dtype=st.sampled_from(FLOATS), leaf_dtype=st.sampled_from(FLOATS))
 def test_the_views_take_leaves_of_any_dtype(case, data, dtype, leaf_dtype):
-    if case.name.startswith("full"):
+    if not case.is_adapter:
         leaf_dtype = torch.promote_types(dtype, leaf_dtype)
     layer = data.draw(layers(case, dtype=dtype, leaf_dtype=leaf_dtype, scrambled=True))
     assert layer.apply().dtype == dtype
@@ -86,9 +86,7 @@ def test_activation_view_equals_weight_view(case, data):
     assert weight.shape == layer.W.shape
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if make_layer(c).variant.products_only], ids=repr
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c.variant.products_only], ids=repr)
 @given(data=st.data())
 def test_products_with_x_are_all_that_apply_needs(case, data):
     layer = data.draw(layers(case, scrambled=True))
@@ -105,7 +103,7 @@ class View(nn.Module):
         return self.view(frozen)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if make_layer(c).variant.delta_norm], ids=repr)
+@pytest.mark.parametrize("case", [c for c in CASES if c.variant.delta_norm], ids=repr)
 @given(data=st.data())
 def test_the_norm_of_the_change(case, data):
     layer = data.draw(layers(case, scrambled=True))
@@ -202,7 +200,7 @@ def test_gradients_equal_those_of_the_weight_view(case, data):
 def test_one_step_of_adam_moves_the_layer_as_far_as_its_learning_rate(case):
     """No variant jumps; DeLoRA from B = 0 does, once B is longer than its floor of 1e-4."""
     layer = make_layer(case)
-    large = 1e-2 if case.name == "delora" else 1e-4
+    large = 1e-2 if case.jumps else 1e-4
 
     def moved(lr):
         leaves = {k: v.clone().requires_grad_() for k, v in layer.trained.items()}
@@ -213,7 +211,7 @@ def test_one_step_of_adam_moves_the_layer_as_far_as_its_learning_rate(case):
 
     far, near = moved(large), moved(large / 10)
     assert near > 0
-    if case.name == "delora":
+    if case.jumps:
         assert far / near < 1.5
         assert near > 0.1 * layer.apply().norm()
     else:
@@ -258,12 +256,12 @@ class Sizes(TorchDispatchMode):
 
 @EACH_CASE
 def test_no_matrix_of_the_size_of_the_weight_is_built(case):
-    """But for SHiRA, whose entries are put where they belong."""
+    """Except by variants that say so."""
     layer = make_layer(case, d_in=40, d_out=40, scrambled=True)
     with Sizes() as sizes:
         layer.apply()
     smallest = min(layer.W.shape) ** 2
-    assert (sizes.largest >= smallest) == case.name.startswith("shira")
+    assert (sizes.largest >= smallest) == case.variant.builds_dense
 
 
 @EACH_CASE

@@ -7,17 +7,11 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from tests.support.families import FAMILIES
+from tests.support.families import EACH_FAMILY, FAMILIES
 from tests.support.models import batch_for, make, scramble
+from tests.support.pairs import close, each_pair, moved
 from tests.support.quantised import KINDS, dequantised, make_quantised
-from tests.test_call import assert_same, snapshot
-from tests.test_families import EACH_FAMILY
-from tests.test_variants import adapter, each_pair
-
-
-def close(ours, theirs, dtype=torch.float32):
-    tolerance = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+from tests.support.snapshots import assert_same, snapshot
 
 
 def loaded(model, state):
@@ -32,14 +26,7 @@ def loaded(model, state):
     return model
 
 
-def moved(case, family, dtype):
-    """A model, an adapter away from its start, and a batch."""
-    model = make(family, dtype).requires_grad_(False)
-    wide = torch.promote_types(dtype, torch.float32)
-    return model, scramble(adapter(case, model, dtype=wide)), batch_for(model)
-
-
-@each_pair(lambda case: case.name != "ssteer-add")
+@each_pair(lambda case: case.has_weight)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_of_every_variant(case, family, dtype):
     model, params, batch = moved(case, family, dtype)

@@ -11,13 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lora_func as lf
 from lora_func.adapter import group
 from tests.support.models import MODELS, batch_for, make, merged, scramble
+from tests.support.models import lora as adapter
 
 EACH_MODEL = pytest.mark.parametrize("family", MODELS)
 OVER_ADAPTERS = (None, 0, None)
-
-
-def adapter(model, seed=0, **settings):
-    return scramble(lf.init(model, lf.LoRA(**{"r": 3, "alpha": 4.0} | settings), seed=seed), seed)
 
 
 def loss_and_gradients(model, params, batch):
@@ -49,9 +46,10 @@ def test_the_start_is_the_base_model_bit_for_bit(family, dtype):
 def test_equals_the_merged_model(family):
     model = make(family)
     batch, params = batch_for(model), adapter(model)
-    torch.testing.assert_close(lf.fcall(model, params, batch), merged(model, params)(**batch).loss)
+    expected = merged(model, params)(**batch)
+    torch.testing.assert_close(lf.fcall(model, params, batch), expected.loss)
     with lf.adapted(model, params):
-        torch.testing.assert_close(model(**batch).logits, merged(model, params)(**batch).logits)
+        torch.testing.assert_close(model(**batch).logits, expected.logits)
 
 
 @EACH_MODEL

@@ -3,24 +3,8 @@
 import probe
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
 
 import lora_func as lf
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=3, **sizes)).save_pretrained(
-        folder
-    )
-    return folder
 
 
 def run(tiny, tmp_path, *arguments):
@@ -49,7 +33,7 @@ def broken_gradient(monkeypatch):
 
 def broken_target(monkeypatch):
     """A config that reaches one layer too few."""
-    entry = probe.Entry(lf.LoRA, {"exclude_modules": "query"})
+    entry = probe.Entry(lf.LoRA, lf.Trial({"exclude_modules": "query"}))
     monkeypatch.setitem(probe.VARIANTS, "lora", entry)
 
 
@@ -81,4 +65,4 @@ def test_a_dead_adapter_fails(tiny, tmp_path, capsys, monkeypatch, breaks, compl
 def test_an_unknown_variant_is_refused(capsys):
     with pytest.raises(SystemExit):
         probe.main(["--variants", "lora,nothing"])
-    assert "no variants ['nothing']; there are head, lora, " in capsys.readouterr().err
+    assert "no variants ['nothing']; there are head, " in capsys.readouterr().err

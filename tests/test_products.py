@@ -24,8 +24,8 @@ def random(g, *shape):
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def plain(x, W, down, up, between=lambda h: h, gain=1):
-    return F.linear(x, W.weight, W.bias) + gain * (between(x @ down.mT) @ up.mT)
+def plain(x, W, down, up, bottleneck=lambda h: h, gain=1):
+    return F.linear(x, W.weight, W.bias) + gain * (bottleneck(x @ down.mT) @ up.mT)
 
 
 @given(
@@ -35,19 +35,19 @@ def plain(x, W, down, up, between=lambda h: h, gain=1):
     bias=st.booleans(),
     stack=st.booleans(),
     steered=st.booleans(),
-    scale_output=st.booleans(),
+    with_gain=st.booleans(),
     seed=seeds,
 )
 def test_the_fused_form_has_the_plain_forms_derivatives(
-    rows, d_in, d_out, bias, stack, steered, scale_output, seed
+    rows, d_in, d_out, bias, stack, steered, with_gain, seed
 ):
     g = torch.Generator().manual_seed(seed)
     front = (2,) if stack else ()
     rows = [2, sum(rows)] if stack else rows
     W = Affine(random(g, d_out, d_in), random(g, d_out) if bias else None)
     leaves = [random(g, *rows, d_in), random(g, *front, 3, d_in), random(g, *front, d_out, 3)]
-    options = {"between": torch.sin} if steered else {}
-    options |= {"gain": random(g, *front, *(1,) * len(front), d_out)} if scale_output else {}
+    options = {"bottleneck": torch.sin} if steered else {}
+    options |= {"gain": random(g, *front, *(1,) * len(front), d_out)} if with_gain else {}
     found = []
     for form in (add_low_rank, plain):
         x, down, up = (leaf.clone().requires_grad_() for leaf in leaves)

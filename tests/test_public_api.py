@@ -1,7 +1,9 @@
 """The public names: exported, documented, and nothing else."""
 
 import inspect
+import pkgutil
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,22 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 
 
 def test_the_namespace_is_what_it_says():
-    modules = {"variants", "peft"}
-    public = {name for name in vars(lf) if not name.startswith("_")} - modules
-    assert public == set(lf.__all__)
+    packages = {module.name for module in pkgutil.iter_modules(lf.__path__)}
+    public = {name for name in vars(lf) if not name.startswith("_")} - packages
+    assert public == set(lf.__all__) - {"peft", "__version__"}
 
 
-def test_every_public_name_is_in_the_reference():
-    assert set(re.findall(r"^\| `(\w+)", REFERENCE, re.MULTILINE)) == set(lf.__all__)
+def test_the_reference_has_every_public_name_and_no_other():
+    documented = {*re.findall(r"^\| `(\w+)`? \|", REFERENCE, re.MULTILINE)}
+    assert documented == {*lf.__all__} - {"peft", "__version__"}
+
+
+@pytest.mark.parametrize(
+    "config", [getattr(lf, n) for n in lf.__all__ if hasattr(getattr(lf, n), "site_patterns")]
+)
+def test_help_of_a_config_tells_every_field(config):
+    for field in fields(config):
+        assert re.search(rf"^ +{field.name}: ", config.__doc__, re.MULTILINE), field.name
 
 
 @pytest.mark.parametrize("name", [n for n in lf.__all__ if callable(getattr(lf, n))])

@@ -8,13 +8,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_func as lf
 from lora_func.weights import Affine, affine, dense, linear, matmul_weight
+from tests.support.compiled import FUNCTIONS as COMPILED
+from tests.support.compiled import adapters as adapters_to_compile
+from tests.support.compiled import assert_one_graph
 from tests.support.models import batch_for, make, scramble
+from tests.support.pairs import ADAPTERS, adapter
 from tests.support.quantised import KINDS, dequantised, make_quantised, quantise_layer, quantised
-from tests.test_call import assert_same, snapshot
-from tests.test_compile import FUNCTIONS as COMPILED
-from tests.test_compile import adapters as adapters_to_compile
-from tests.test_compile import assert_one_graph
-from tests.test_variants import ADAPTERS, adapter
+from tests.support.snapshots import assert_same, snapshot
 
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 EACH_VARIANT = pytest.mark.parametrize("case", ADAPTERS, ids=str)

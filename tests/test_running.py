@@ -1,6 +1,5 @@
 """One thread on one model object; as many as there are skeletons."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,22 +7,9 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from tests.support.models import batch_for, make
-from tests.test_call import assert_same, snapshot
-from tests.test_models import adapter
-
-
-class Gate(nn.Module):
-    """A layer that waits inside its forward pass until it is let go."""
-
-    def __init__(self):
-        super().__init__()
-        self.inside, self.go = threading.Event(), threading.Event()
-
-    def forward(self, x):
-        self.inside.set()
-        assert self.go.wait(60)
-        return x
+from tests.support.models import Gate, batch_for, make
+from tests.support.models import lora as adapter
+from tests.support.snapshots import assert_same, snapshot
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ from transformers.modeling_outputs import ModelOutput
 
 import lora_func as lf
 from tests.support.families import of_class, text
-from tests.support.models import batch_for, make, scramble
-from tests.test_call import assert_same, snapshot
-from tests.test_running import Gate
-from tests.test_variants import ADAPTERS, adapter, families
+from tests.support.models import Gate, batch_for, make, scramble
+from tests.support.pairs import ADAPTERS, adapter, families
+from tests.support.snapshots import assert_same, snapshot
 
 OVER_ADAPTERS = (None, 0, None)
 EACH_MODEL = pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert"])

@@ -1,4 +1,4 @@
-"""What is switched around a call, and that it is switched back."""
+"""The settings of torch and transformers around a call, and that they are restored."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lora_func as lf
-from lora_func.runtime._transforms import held, settings_now
+from lora_func.runtime import patched, settings_now
 
 
 def settings():
@@ -28,7 +28,7 @@ def during(transform, fast_path=False):
     found = {}
 
     def function(x):
-        with held(settings_now(fast_path)):
+        with patched(settings_now(fast_path)):
             found.update(settings())
         return (x**3).sum()
 
@@ -66,7 +66,7 @@ def test_each_transform_gets_what_it_needs(transform, expected):
 
 
 def test_overlapping_calls_share_a_setting():
-    outer, inner = held(settings_now(True)), held(settings_now(True))
+    outer, inner = patched(settings_now(True)), patched(settings_now(True))
     outer.__enter__()
     inner.__enter__()
     outer.__exit__(None, None, None)
@@ -78,7 +78,7 @@ def test_overlapping_calls_share_a_setting():
 def test_settings_of_the_user_are_restored():
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with held(settings_now(True)):
+        with patched(settings_now(True)):
             pass
         assert not torch.backends.mha.get_fastpath_enabled()
     finally:

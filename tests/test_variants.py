@@ -1,46 +1,14 @@
 """Every variant on real architectures: its start, its merged model, transforms, and training."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import lora_func as lf
-from tests.support.cases import CASES
 from tests.support.models import MODELS, batch_for, make, merged, scramble
+from tests.support.pairs import ADAPTERS, adapter, each_pair, families
 
 EACH_MODEL = pytest.mark.parametrize("family", MODELS)
 OVER_ADAPTERS = (None, 0, None)
-
-
-def families(case):
-    """Qwen3 has no biases; BERT and GPT-2 have one in every layer."""
-    return [family for family in MODELS if case.bias is not True or family != "qwen3"]
-
-
-ADAPTERS = [case for case in CASES if not case.name.startswith("full")]
-PAIRS = [(case, family) for case in ADAPTERS for family in families(case)]
-
-
-def each_pair(wanted=lambda case: True):
-    pairs = [(case, family) for case, family in PAIRS if wanted(case)]
-    return pytest.mark.parametrize(("case", "family"), pairs, ids=str)
-
-
-def adapter(case, model, seed=0, **settings):
-    """A case's adapter on every linear layer of a model."""
-    batches = [batch_for(model, seed=seed) for seed in (5, 6)]
-    data = {
-        None: None,
-        "inputs": batches,
-        "gradients": batches,
-        "pairs": [(batches[0], batches[1])],
-    }[case.data]
-    _, _, r = case.fit(32, 32, 2)
-    cfg = case.config(r)
-    if case.data == "pairs":  # BERT's pooler has no last token
-        cfg = replace(cfg, layers=(0, 1))
-    return lf.init(model, cfg, seed=seed, data=data, **settings)
 
 
 @each_pair(lambda case: case.start != "elsewhere")
@@ -60,7 +28,7 @@ def test_the_start_is_the_base_model_bit_for_bit(case, family, dtype):
     assert found.logits.dtype == dtype
 
 
-@each_pair(lambda case: case.name != "ssteer-add")
+@each_pair(lambda case: case.has_weight)
 def test_equals_the_merged_model(case, family):
     """But for steering that is not linear in x, and has no weight."""
     model = make(family, torch.float64).requires_grad_(False)

@@ -180,10 +180,9 @@ def _check_data(params: Mapping[str, Tensor], allow_nonfinite: bool) -> None:
 
 
 def _check(params: Mapping[str, Tensor], model: nn.Module | None) -> None:
-    check_leaves(params)
     if model is not None:
         layout_of(uncompiled(model), params)
-        check_leaves(params, model)
+    check_leaves(params, model)
 
 
 def _variants(params: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -6,26 +6,22 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lora_func.adapter import SHARED, Key, check_site
-from lora_func.compat import parameters_of, uncompiled
+from lora_func.compat import uncompiled
 from lora_func.configs import AdapterConfig
 from lora_func.initialization._calibration import Observer, calibrate
+from lora_func.initialization._weights import device_of, frozen_weight
 from lora_func.modules import find_site
 from lora_func.runtime import LossFn
 from lora_func.targeting import Target, find_targets
 from lora_func.variant import Params, Variant
 from lora_func.variants import by_config
 from lora_func.weights import (
-    Affine,
-    affine,
-    check_not_computed,
     is_linear,
     is_stack,
     matrices,
-    matrix,
 )
 
 Named: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
@@ -109,7 +105,7 @@ def _make(
     params: Params = {}
     for config, targets in named:
         variant = by_config(config)
-        weights = {target.site: _frozen(model, target) for target in targets}
+        weights = {target.site: frozen_weight(model, target) for target in targets}
         for key, leaf in _leaves(weights, config, variant, seed, stats, dtype).items():
             if str(key) in params:
                 raise ValueError(
@@ -162,21 +158,20 @@ def _leaves(
     dtype: torch.dtype,
 ) -> dict[Key, Tensor]:
     leaves: dict[Key, Tensor] = {}
-    shared_leaves: Mapping[str, Tensor] = {}
 
     def add(site: str, made: Sequence[Mapping[str, Tensor]], W: Any) -> None:
         for name in made[0]:
             key = Key(site, variant.name, name)
-            each = [_stored(key, one[name], variant, dtype).to(_device(W)) for one in made]
+            each = [_stored(key, one[name], variant, dtype).to(device_of(W)) for one in made]
             leaf = torch.stack(each) if is_stack(W) and site != SHARED else each[0]
             leaves[key] = leaf.requires_grad_(not key.is_constant)
 
+    common: Mapping[str, Tensor] = {}
     if variant.shared is not None:
         singles = {site: matrices(W)[0] for site, W in weights.items()}
         with torch.device("cpu"):
-            made = variant.shared(singles, cfg, _generator(seed, SHARED, variant.name))
-        shared_leaves = made
-        add(SHARED, [made], next(iter(weights.values())))
+            common = variant.shared(singles, cfg, _generator(seed, SHARED, variant.name))
+        add(SHARED, [common], next(iter(weights.values())))
     resolved = {site: (cfg.at(site), stats.get(site)) for site in weights}
     if variant.conclude is not None and stats:
         configs = {site: config for site, (config, _) in resolved.items()}
@@ -187,8 +182,7 @@ def _leaves(
         try:
             with torch.device("cpu"):
                 each = [variant.init(one, config, generator, seen) for one in matrices(W)]
-            if variant.parameters is None:
-                _check_made(site, variant, {**shared_leaves, **each[0]}, matrices(W)[0])
+            _check_made(variant, {**common, **each[0]}, W)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{site}: {variant.name}: {error}") from error
@@ -196,48 +190,15 @@ def _leaves(
     return leaves
 
 
-def _check_made(site: str, variant: Variant, made: Mapping[str, Tensor], W: Affine) -> None:
+def _check_made(variant: Variant, made: Mapping[str, Tensor], W: Any) -> None:
     """Check the leaves of one site against the axes that the variant names."""
+    if variant.parameters is not None:
+        return
     shapes = {leaf: tuple(tensor.shape) for leaf, tensor in made.items()}
     try:
-        check_site("", variant, shapes, set(), W)
+        check_site("", variant, shapes, set(), matrices(W)[0])
     except ValueError as error:
-        raise ValueError(
-            f"init made leaves that are not what `leaves` of the variant says: {error}"
-        ) from None
-
-
-def _device(W: Any) -> torch.device:
-    device = next(iter(W.values())).device if isinstance(W, Mapping) else W.device
-    assert isinstance(device, torch.device)
-    return device
-
-
-def _frozen(model: nn.Module, target: Target) -> Any:
-    module, parameter = find_site(model, target.site)
-    if target.parameters:
-        own = {name: getattr(module, name) for name in target.parameters}
-        for tensor in own.values():
-            _check_data(target.site, tensor)
-        return own
-    if parameter is None and is_linear(module):
-        W = affine(module, target.site)
-        if isinstance(W.weight, Tensor):
-            _check_data(target.site, W.weight)
-        return W
-    name = parameter or "weight"
-    check_not_computed(target.site, parameters_of(module), name)
-    _check_data(target.site, getattr(module, name))
-    return matrix(module, parameters_of(module), name)
-
-
-def _check_data(site: str, weight: Tensor) -> None:
-    if weight.is_meta or is_lazy(weight):
-        raise ValueError(f"{site}: its weight has no data yet; load the model first")
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"{site}: its weight is {weight.dtype}; accepted are floating-point weights"
-        )
+        raise ValueError(f"init made leaves that do not fit the variant's axes: {error}") from None
 
 
 def _generator(seed: int, site: str, variant: str) -> Generator:

@@ -10,7 +10,6 @@ from lora_func.runtime._call import adapted, call, fcall
 from lora_func.runtime._injection import Injection, injection
 from lora_func.runtime._layout import (
     ModelLayout,
-    Site,
     check_single,
     layout_of,
     present,
@@ -22,6 +21,7 @@ from lora_func.runtime._replacements import Replacement, replacements
 from lora_func.runtime._rows import Rows
 from lora_func.runtime._running import check_idle, eval_patches, skeleton
 from lora_func.runtime._settings import has_fast_path, settings_now
+from lora_func.runtime._site import Site
 from lora_func.runtime._sites import dense_parameters, effective_parameters, leaves_of
 from lora_func.runtime._trees import joined, stacked, tensors_of, unstacked
 from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias, weight_view

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_func.compat import PARAMETERS, parameters_of, transformed, uncompiled
-from lora_func.modules import ReadTracker, named_parameters, original_parameters
+from lora_func.compat import PARAMETERS, transformed, uncompiled
+from lora_func.modules import ReadTracker, original_parameters
+from lora_func.runtime._base import PartOfCall, tracker_of, trainable_parameters
 from lora_func.runtime._checkpoint import intercepted_checkpoints
-from lora_func.runtime._layout import ModelLayout, Site, check_transformable, layout_of, present
+from lora_func.runtime._layout import ModelLayout, check_transformable, layout_of, present
 from lora_func.runtime._losses import LossPerAdapter
 from lora_func.runtime._overrides import ForwardOverride, override_forward
 from lora_func.runtime._patches import Patch, patched
@@ -26,20 +27,8 @@ from lora_func.runtime._settings import (
     settings_now,
     transformable,
 )
+from lora_func.runtime._site import Site
 from lora_func.runtime._sites import SingleForward, check_single_axes
-
-
-class PartOfCall(nn.Module):
-    """A function that runs a part of a model, as a module for ``functional_call``."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        return self.function(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +42,7 @@ class Injection:
         rows: Which rows belong to which adapter; None for one adapter.
         unused: For each adapter, the keys that nothing has used yet; None while compiling.
         detaches: True if base parameters get no gradient.
+        frozen: The base parameters that would get one; those of adapted modules are in trackers.
         replaced: The parameters that are replaced for the whole call. They are computed once, so
             that a repetition has the same tensors.
         settings: The settings that the transforms around the call need.
@@ -66,6 +56,7 @@ class Injection:
     rows: Rows | None
     unused: tuple[set[str] | None, ...]
     detaches: bool
+    frozen: Mapping[str, Tensor]
     replaced: tuple[Replacement, ...]
     settings: tuple[Patch, ...]
     losses: LossPerAdapter | None
@@ -89,7 +80,7 @@ class Injection:
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the model while the adapter is injected."""
-        frozen = self._detached("")
+        frozen = {name: parameter.detach() for name, parameter in self.frozen.items()}
         return functional_call(self.model, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
     def repeat(
@@ -107,25 +98,9 @@ class Injection:
             replaced = _replaced(self.model, self.layouts, adapters, self.rows)
             again = replace(self, adapters=adapters, replaced=replaced)
         with again.inside():
-            part, frozen = PartOfCall(self.model, function), again._detached("model.")
+            part = PartOfCall(self.model, function)
+            frozen = {f"model.{name}": one.detach() for name, one in self.frozen.items()}
             return functional_call(part, frozen, tuple(args), {**kwargs}, tie_weights=False)
-
-    def _detached(self, prefix: str) -> dict[str, Tensor]:
-        """The base parameters that would get a gradient, detached; trackers hold theirs."""
-        if not self.detaches:
-            return {}
-        taken = {id(original_parameters(r.module)[name]) for r in self.replaced for name in r.new}
-        tracked = {
-            id(parameter)
-            for module in self.model.modules()
-            if type(parameters_of(module)) is ReadTracker
-            for parameter in original_parameters(module).values()
-        }
-        return {
-            prefix + name: parameter.detach()
-            for name, parameter in _original_named(self.model)
-            if parameter.requires_grad and id(parameter) not in taken | tracked
-        }
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -162,16 +137,7 @@ class Injection:
             yield vars(one.module), PARAMETERS, self._tracker(one.module, one)
 
     def _tracker(self, module: nn.Module, replaced: Replacement | None) -> ReadTracker:
-        original = original_parameters(module)
-        stored = original
-        if self.detaches:
-            stored = {
-                name: p.detach() if p is not None and p.requires_grad else p
-                for name, p in original.items()
-            }
-        if replaced is None:
-            return ReadTracker(stored, original)
-        return ReadTracker({**stored, **replaced.new}, original, self.unused[0], replaced.keys)
+        return tracker_of(module, self.detaches, replaced, self.unused[0])
 
     def _compiled_patches(self) -> Iterator[tuple[Any, Any, Any]]:
         yield from (patch for _, patch in self._overrides())
@@ -243,24 +209,23 @@ def injection(
         check_single_axes(layouts[0], adapters[0])
     check_transformable(layouts[0])
     compiling = torch.compiler.is_compiling()
+    replaced = _replaced(model, layouts, adapters, rows)
     unused: tuple[set[str] | None, ...] = (None,) * len(layouts)
     settings: tuple[Patch, ...] = ()
     if not compiling:
         unused = tuple(set(layout.keys) for layout in layouts)
         settings = (intercepted_checkpoints(), *settings_now(layouts[0].fast_path))
         origin = origin or object()
-    return Injection(
-        model,
-        layouts,
-        adapters,
-        rows,
-        unused,
-        detaches and (compiling or layouts[0].structure.requires_grad()),
-        _replaced(model, layouts, adapters, rows),
-        settings,
-        None if rows is None else LossPerAdapter(rows.adapters),
-        origin,
-    )
+    detaches = detaches and (compiling or layouts[0].structure.requires_grad())
+    frozen: Mapping[str, Tensor] = {}
+    if detaches:
+        modules = [site.module for layout in layouts for site in layout.sites]
+        modules += [one.module for one in replaced]
+        tracked = set() if compiling else {id(module) for module in modules}
+        frozen = trainable_parameters(model, tracked, replaced)
+    losses = None if rows is None else LossPerAdapter(rows.adapters)
+    state = (unused, detaches, frozen, replaced, settings, losses, origin)
+    return Injection(model, layouts, adapters, rows, *state)
 
 
 def _replaced(
@@ -274,14 +239,3 @@ def _replaced(
     if rows is not None or not everywhere:
         return ()
     return replacements(uncompiled(model), everywhere, adapters[0])
-
-
-def _original_named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if torch.compiler.is_compiling():
-        yield from named_parameters(model)
-        return
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, parameter in original_parameters(module).items():
-            if parameter is not None:
-                yield prefix + name, parameter

@@ -2,69 +2,23 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import RANK, SHARED, check_leaves, group, parse
+from lora_func.adapter import RANK, check_leaves, group
 from lora_func.compat import buffers_of, mixes_rows_in_training, transformed
-from lora_func.modules import Structure, find_site, identities, original_parameters, structure
+from lora_func.modules import Structure, identities, structure
 from lora_func.runtime._settings import has_fast_path
+from lora_func.runtime._site import Reference, Site, check_claims, make_site, ndims_of
 from lora_func.variant import Variant
 from lora_func.variants import by_name
-from lora_func.weights import (
-    bias_name,
-    check_not_computed,
-    has_matrix,
-    is_linear,
-    is_quantised,
-    is_stack,
-    is_unknown_quantised,
-    matrix,
-)
+from lora_func.weights import is_quantised, is_unknown_quantised
 
 CACHED_LAYOUTS = 64
 """How many layouts and verdicts are kept for each model; the oldest is forgotten first."""
-
-Reference = Callable[[], nn.Module | None]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Site:
-    """An adapted module or parameter, as the keys of an adapter name it.
-
-    Attributes:
-        path: Its path.
-        reference: The module, or the module that holds the parameter; weak, so that a cached layout
-            keeps no model alive.
-        parameter: The parameter that gets an effective weight; None if the variant's ``apply``
-            replaces the module's forward, or its ``parameters`` name the parameters.
-        everywhere: True if parameters are replaced for the whole call, wherever they are read;
-            False if they are replaced while their module runs.
-        claims: The parameters that no other site may adapt; None for all of the module's.
-        variant: The variant.
-        keys: Leaf -> key in the adapter.
-        known: The keys whose leaves the variant has.
-    """
-
-    path: str
-    reference: Reference
-    parameter: str | None
-    everywhere: bool
-    claims: set[str] | None
-    variant: Variant
-    keys: dict[str, str]
-    known: tuple[str, ...]
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        module = self.reference()
-        assert module is not None, f"{self.path}: the module is gone"
-        return module
 
 
 class ModelLayout(NamedTuple):
@@ -205,7 +159,6 @@ def check_single(params: Mapping[str, Tensor], model: nn.Module) -> ModelLayout:
         ValueError: If params is a stack, a leaf is missing or unknown, a shape does not fit, or two
             variants name one module.
     """
-    check_leaves(params)
     layout = layout_of(model, params)
     if check_leaves(params, model):
         raise ValueError("params: is a stack; take its adapters one by one, from unstack")
@@ -218,9 +171,9 @@ def _make_layout(
     groups: dict[int, list[Site]] = {}
     for (path, variant_name), keys in group(params).items():
         keys.pop(RANK, None)
-        site = _site(model, path, by_name(variant_name), keys)
+        site = make_site(model, path, by_name(variant_name), keys)
         others = groups.setdefault(id(site.module), [])
-        _check_claims(site, others)
+        check_claims(site, others)
         others.append(site)
     named = [(path, ref(m), m) for path, m in model.named_modules()]
     sites = tuple(site for sites in groups.values() for site in sites)
@@ -230,7 +183,7 @@ def _make_layout(
         tuple(map(tuple, groups.values())),
         tuple({site.variant.name: site.variant for site in sites}.values()),
         frozenset(key for site in sites for key in site.keys.values()),
-        {key: ndims for site in sites for key, ndims in _ndims(site).items()},
+        {key: ndims for site in sites for key, ndims in ndims_of(site).items()},
         frozenset(groups) | {id(module) for _, _, module in named if is_quantised(module)},
         tuple(reference for _, reference, m in named if hasattr(m, "gradient_checkpointing")),
         tuple(reference for _, reference, m in named if _uses_statistics(m)),
@@ -244,80 +197,3 @@ def _make_layout(
 
 def _uses_statistics(module: nn.Module) -> bool:
     return mixes_rows_in_training(module) or buffers_of(module).get("running_mean") is not None
-
-
-def _site(model: nn.Module, path: str, variant: Variant, keys: dict[str, str]) -> Site:
-    try:
-        module, parameter = find_site(model, path)
-    except KeyError as error:
-        raise KeyError(f"{next(iter(keys.values()))!r}: {error.args[0]}") from None
-    own = original_parameters(module)
-    if variant.parameters is not None:
-        for leaf in keys:
-            if own.get(leaf) is None:
-                raise KeyError(
-                    f"{keys[leaf]!r}: {type(module).__name__} {path!r} has no parameter {leaf!r}"
-                )
-        known = tuple(keys.values())
-        return Site(path, ref(module), None, True, {*keys}, variant, keys, known)
-    known = tuple(key for leaf, key in keys.items() if leaf in variant.axes)
-    never_called = _is_never_called(model, path)
-    if parameter is None and is_linear(module) and not never_called:
-        return Site(path, ref(module), None, False, None, variant, keys, known)
-    name = parameter or "weight"
-    _check_matrix(path, module, name, variant, as_module=parameter is None)
-    claims = None
-    if parameter is not None or never_called:
-        beside = bias_name(own, name) if variant.bias is not None else None
-        claims = {name} if beside is None else {name, beside}
-    return Site(path, ref(module), name, claims is not None, claims, variant, keys, known)
-
-
-def _ndims(site: Site) -> dict[str, tuple[int, ...]]:
-    """Key -> the numbers of axes of its leaf; leaves of a stack of weights have one more."""
-    module, axes = site.module, site.variant.axes
-    own = original_parameters(module)
-    weight = None if site.parameter is None else matrix(module, own, site.parameter)
-    return {
-        key: tuple(
-            len(words) + (is_stack(weight) and parse(key).site != SHARED) for words in axes[leaf]
-        )
-        for leaf, key in site.keys.items()
-        if leaf in axes
-    }
-
-
-def _check_matrix(
-    path: str, module: nn.Module, name: str, variant: Variant, as_module: bool
-) -> None:
-    if as_module and not has_matrix(module):
-        raise TypeError(
-            f"{path}: {variant.name} adapts torch.nn.Linear, transformers' Conv1D, bitsandbytes' "
-            "quantised linear layers, convolutions, embeddings, and parameters by their own name; "
-            f"found {type(module).__name__}"
-        )
-    if variant.weight is None:
-        raise TypeError(
-            f"{path}: {variant.name} is not linear in x and has no weight to put there; it adapts "
-            "linear layers alone"
-        )
-    check_not_computed(path, original_parameters(module), name)
-    if getattr(module, "sparse", False):
-        raise TypeError(f"{path}: {variant.name} has no sparse gradients; set sparse=False")
-
-
-def _is_never_called(model: nn.Module, path: str) -> bool:
-    """True if torch's attention reads this module's weight and never calls the module."""
-    parent, _, name = path.rpartition(".")
-    around, _ = find_site(model, parent)
-    return name == "out_proj" and isinstance(around, nn.MultiheadAttention)
-
-
-def _check_claims(site: Site, others: Iterable[Site]) -> None:
-    for other in others:
-        mine, theirs = site.claims, other.claims
-        if mine is None or theirs is None or mine & theirs:
-            raise ValueError(
-                f"{site.path}: adapted twice, by {other.variant.name} at {other.path!r} and by "
-                f"{site.variant.name}; a module takes one variant"
-            )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_func.compat import convolve
-from lora_func.runtime._layout import Site
+from lora_func.runtime._site import Site
 from lora_func.weights import Affine
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lora_func.modules import original_parameters, shared_parameters
-from lora_func.runtime._layout import Site
+from lora_func.runtime._site import Site
 from lora_func.runtime._sites import dense_parameters, effective_parameters, leaves_of
 
 

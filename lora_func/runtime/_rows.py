@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lora_func.compat import tree_flatten, tree_unflatten
 from lora_func.errors import FoldError
-from lora_func.runtime._layout import Site
 from lora_func.runtime._overrides import Forward, ForwardOverride, adapted_tensor
+from lora_func.runtime._site import Site
 from lora_func.runtime._sites import adapter_names, leaves_of, run_base, run_sites, runs_apply
 from lora_func.runtime._trees import joined, tensors_of
 from lora_func.weights import affine, mixes_rows

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lora_func.compat import PARAMETERS
 from lora_func.modules import inner_parameters, original_parameters
-from lora_func.runtime._layout import ModelLayout, Site
+from lora_func.runtime._layout import ModelLayout
 from lora_func.runtime._operands import lookup, run_by_products, runs_by_products
 from lora_func.runtime._overrides import Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._patches import patched
+from lora_func.runtime._site import Site
 from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias
 from lora_func.weights import (
     affine,

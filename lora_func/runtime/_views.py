@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_func.adapter import SHARED, parse
-from lora_func.runtime._layout import Site
+from lora_func.runtime._site import Site
 from lora_func.variant import WeightFn
 from lora_func.weights import Affine, bias_name, dense, is_stack
 

@@ -89,8 +89,8 @@ class Sweep(NamedTuple):
         if self.strict:
             check_used(injected.unused)
         assert injected.losses is not None
-        split = injected.losses.split
-        return results(output, self.batch, self.size, rows, self.batched, self.loss_fn, split)
+        settings = (self.size, rows, self.batched, self.loss_fn, injected.losses.split)
+        return results(output, self.batch, *settings)
 
     def alone(self, k: int) -> Any:
         """Return what ``fcall`` returns for one adapter."""

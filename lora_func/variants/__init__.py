@@ -107,9 +107,9 @@ def by_config(cfg: AdapterConfig) -> Variant:
         TypeError: If no variant has this config class.
     """
     fitting = [v for v in all_variants() if v.config is type(cfg)]
-    for variant in reversed(fitting):
-        if cfg.variant in (None, variant.name):
-            return variant
+    named = [v for v in fitting if cfg.variant in (None, v.name)]
+    if named:
+        return named[-1]
     names = ", ".join(dict.fromkeys(v.config.__name__ for v in all_variants()))
     raise TypeError(f"{cfg!r} is no adapter config; expected one of {names}")
 

@@ -1,15 +1,15 @@
-"""One phrase that says what the variant does.
+"""Template: one phrase that says what the variant does.
 
-    W' = diag(1 + g) W,   b' = (1 + g) b
+    W' = W + B diag(g) A
 
-*Identity at the start because* g = 0, and the output is y + g y, not (1 + g) y.
+*Identity at the start because* B = 0, so the added term is exactly zero in every dtype.
 
 Asks of W: ``linear`` only. (Say ``dense`` at init if the variant reads the weight itself.)
 
 References:
     Paper, link, equation number. Reference code, file.
 
-Deviations: where paper and code disagree, which we follow, and why.
+Deviations: where paper and code disagree, which one is followed, and why.
 """
 
 from collections.abc import Mapping
@@ -18,30 +18,51 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lora_func.configs import LinearConfig
-from lora_func.variant import Variant
-from lora_func.weights import Weight, dense, linear
+from lora_func.checks import check_number
+from lora_func.configs import RankConfig
+from lora_func.numerics import add_low_rank, along_rows, check_rank, kaiming_uniform, low_rank_norm
+from lora_func.variant import Trial, Variant
+from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
-class Template(LinearConfig):
-    """One line; then the fields that LinearConfig does not have.
+class Template(RankConfig):
+    """One line about the method; then the fields that the base class does not have.
 
     Attributes:
-        start: Where g starts. Fields are documented here and checked in ``__post_init__``.
+        g_initial: The start of g; not 0, where every gradient is zero.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> from lora_func.variants import _template
+        >>> lf.register(_template.VARIANT)
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), _template.Template(r=2))
+        >>> {key: tuple(leaf.shape) for key, leaf in params.items()}
+        {'0.template.A': (2, 4), '0.template.B': (3, 2), '0.template.g': (2,)}
     """
 
-    start: float = 0.0
+    g_initial: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("g_initial", self.g_initial)
+        if self.g_initial == 0:
+            raise ValueError("g_initial: got 0, at which every gradient is zero; choose another")
 
 
 def init(W: Weight, cfg: Template, generator: Generator, stats: None = None) -> dict[str, Tensor]:
-    """Say which leaf starts where; all randomness comes from the generator.
+    """Draw A, leave B at zero; all randomness comes from the generator.
 
     Returns:
-        g (d_out,).
+        A (r, d_in), B (d_out, r), g (r,).
     """
-    d_out, _ = W.shape
-    return {"g": torch.full((d_out,), cfg.start)}
+    d_out, d_in = W.shape
+    check_rank(cfg.r, (d_out, d_in))
+    return {
+        "A": kaiming_uniform(cfg.r, d_in, generator),
+        "B": torch.zeros(d_out, cfg.r),
+        "g": torch.full((cfg.r,), cfg.g_initial),
+    }
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -50,8 +71,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    y = linear(x, W)
-    return y + y * params["g"].to(y.dtype)
+    g = along_rows(params["g"])
+    return add_low_rank(x, W, params["A"], params["B"], lambda h: h * g.to(h.dtype))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -60,17 +81,27 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Shape (d_out, d_in).
     """
-    W = dense(W)
-    return W + W * params["g"].to(W.dtype)[:, None]
+    W, ((A, B),) = dense(W), low_rank(params)
+    return W + (B @ A).to(W.dtype)
 
 
-def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
-    """Compute the adapted bias; leave this function out if the bias stays as it is.
+def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Give the change as products of two factors; leave this out if it is of another form.
 
     Returns:
-        Shape (d_out,), or None.
+        One pair, shapes (..., r, d_in) and (..., d_out, r).
     """
-    return None if b is None else b + b * params["g"].to(b.dtype)
+    return [(params["A"], params["B"] * params["g"][..., None, :])]
+
+
+def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
+    """Compute the norm of the change; leave this out if it needs the dense change.
+
+    Returns:
+        Shape ().
+    """
+    ((A, B),) = low_rank(params)
+    return low_rank_norm(A, B, B.new_ones(()))
 
 
 VARIANT = Variant(
@@ -78,8 +109,12 @@ VARIANT = Variant(
     config=Template,
     init=init,
     apply=apply,
+    leaves={"A": "r d_in", "B": "d_out r", "g": "r"},
     weight=weight,
-    bias=bias,
-    leaves={"g": "d_out"},
+    delta_norm=delta_norm,
+    low_rank=low_rank,
+    trials={"template": Trial()},
+    pads=True,
+    stacks=True,
     products_only=True,
 )

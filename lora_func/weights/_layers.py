@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_func.compat import is_conv1d, is_convolution, is_transposed_convolution, parameters_of
@@ -50,9 +49,9 @@ def affine(module: nn.Module, path: str = "") -> Affine:
 def _stored(module: nn.Module, name: str) -> Any:
     """The stored parameter; a parametrized one is computed instead, by its attribute."""
     own = parameters_of(module)
-    if torch.compiler.is_compiling() or name not in own:
-        return getattr(module, name)
-    return own.inner(name) if type(own) is ReadTracker else own[name]
+    if type(own) is ReadTracker:
+        return own.inner(name)
+    return own[name] if name in own else getattr(module, name)
 
 
 def has_matrix(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ class Case:
         fit: Makes sizes (d_in, d_out, r) that the config accepts of any.
         data: What it is calibrated on: "inputs", "gradients", "pairs" or nothing.
         start: "exact", "close" (to 8 eps), or "elsewhere" for what does not start as the base.
+        jumps: Whether the first step of any learning rate moves the layer by a fixed amount.
     """
 
     name: str
@@ -36,6 +37,22 @@ class Case:
     fit: Callable[[int, int, int], tuple[int, int, int]] = lambda d_in, d_out, r: (d_in, d_out, r)
     data: str | None = None
     start: str = "exact"
+    jumps: bool = False
+
+    @property
+    def variant(self) -> lf.Variant:
+        """The variant that is meant."""
+        return by_config(self.config(2))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it adapts layers, and does not train parameters themselves."""
+        return self.variant.parameters is None
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether it is linear in x."""
+        return self.variant.weight is not None
 
     def __repr__(self) -> str:
         return self.name
@@ -65,7 +82,7 @@ CASES = [
     ),
     Case("bitfit", lambda r: lf.BitFit(), bias=True),
     Case("bitfit-new", lambda r: lf.BitFit(allow_new_bias=True), bias=False),
-    Case("delora", lambda r: lf.DeLoRA(r=r), dead=frozenset({"A", "lambda"}), **WIDE),
+    Case("delora", lambda r: lf.DeLoRA(r=r), dead=frozenset({"A", "lambda"}), jumps=True, **WIDE),
     Case(
         "delora-copy",
         lambda r: lf.DeLoRA(r=r, init="frozen_copy"),
@@ -98,7 +115,7 @@ CASES = [
     Case("ssteer-ablate", lambda r: lf.SSteer(mode="ablate", r=r), data="pairs", start="elsewhere"),
     Case("ssvd", lambda r: lf.SSVD(r=r), **WIDE_RANK),
     Case("ssvd-strict", lambda r: lf.SSVD(r=r, orthogonality="strict"), **WIDE_RANK),
-    Case("template", lambda r: Template()),
+    Case("template", lambda r: Template(r=r), dead=frozenset({"A", "g"})),
     Case("vera", lambda r: lf.VeRA(r=r), dead=frozenset({"lambda_d"})),
 ]
 

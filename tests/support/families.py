@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -275,3 +276,5 @@ FAMILIES = {
         loss_fn=mean,
     ),
 }
+
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

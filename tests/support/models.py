@@ -1,6 +1,7 @@
 """Small models with random weights, built from configs."""
 
 import copy
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -118,3 +119,30 @@ def merged(model: PreTrainedModel, params: lf.Params) -> PreTrainedModel:
             bias = variant.bias(W.bias, leaves)
             module.bias = None if bias is None else nn.Parameter(bias)
     return model
+
+
+def lora(model, seed=0, **settings):
+    return scramble(lf.init(model, lf.LoRA(**{"r": 3, "alpha": 4.0} | settings), seed=seed), seed)
+
+
+class Gate(nn.Module):
+    """A layer that waits inside its forward pass until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        self.inside.set()
+        assert self.go.wait(60)
+        return x
+
+
+class TiedTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))

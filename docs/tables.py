@@ -1,0 +1,103 @@
+"""The tables of README, reference and CONTRIBUTING that are made from docstrings.
+
+    python -m nox -s tables
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import lora_func as lf
+from lora_func.variants import all_variants
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md")
+PACKAGE = ROOT / "lora_func"
+
+
+def configs() -> Iterator[tuple[type[lf.AdapterConfig], str]]:
+    """Each config class of the library, and the docstring of its module."""
+    for config in dict.fromkeys(variant.config for variant in all_variants()):
+        name = config.__module__
+        if name.startswith("lora_func.variants.") and not name.rpartition(".")[2].startswith("_"):
+            yield config, inspect.cleandoc(sys.modules[name].__doc__ or "")
+
+
+def link(address: str) -> str:
+    """A link that shows the number of an arXiv paper, or the last part of the address."""
+    arxiv = re.fullmatch(r"https://arxiv\.org/abs/(.+)", address)
+    return f"[{arxiv[1] if arxiv else address.rpartition('/')[2]}]({address})"
+
+
+def variants() -> list[str]:
+    """What each config does, and where it comes from."""
+    rows = ["| config | what it does | source |", "|---|---|---|"]
+    for config, text in configs():
+        phrase = text.split("\n")[0].partition(": ")[2].rstrip(".")
+        cited = text.partition("References:")[2].partition("\n\n")[0]
+        sources = dict.fromkeys(re.findall(r"https://[^\s,;)]+[^\s,;).]", cited))
+        rows.append(f"| `{config.__name__}` | {phrase} | {', '.join(map(link, sources)) or '–'} |")
+    return rows
+
+
+def settings() -> list[str]:
+    """The fields of each config beside those that name its sites."""
+    common = {field.name for field in (*fields(lf.LinearConfig), *fields(lf.LowRankConfig))}
+    common -= {"r", "alpha"}
+    rows = ["| config | fields | variants |", "|---|---|---|"]
+    for config, _ in configs():
+        own = [f for f in fields(config) if f.name not in common and f.name in shown(config)]
+        names = [variant.name for variant in all_variants() if variant.config is config]
+        listed = ", ".join(f"{f.name}={f.default!r}" for f in own)
+        rows.append(f"| `{config.__name__}` | `{listed}` | {', '.join(names)} |".replace("``", ""))
+    return rows
+
+
+def shown(config: type[lf.AdapterConfig]) -> set[str]:
+    """The fields that do not name sites."""
+    return {f.name for f in fields(config)} - {f.name for f in fields(lf.LinearConfig)}
+
+
+def packages() -> list[str]:
+    """What belongs into each package, in the order of imports."""
+    rows = ["| module | what belongs there |", "|---|---|"]
+    files = [PACKAGE / f"{name}.py" for name in ("version", "errors", "checks", "compat")]
+    files += [PACKAGE / f"{name}.py" for name in ("modules", "configs")]
+    folders = ("weights", "variant", "numerics", "variants", "adapter", "targeting", "runtime")
+    folders += ("initialization", "sweep", "export", "files", "peft")
+    files += [PACKAGE / name / "__init__.py" for name in folders]
+    for file in files:
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        name = file.parent.name + "/" if file.stem == "__init__" else file.name
+        kept = text.split("\n\n")[: 2 if file.stem == "__init__" else 1]
+        rows.append(f"| `{name}` | {' '.join(' '.join(kept).split()).replace('``', '`')} |")
+    return rows
+
+
+TABLES = {"variants": variants, "settings": settings, "packages": packages}
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def table(found: re.Match[str]) -> str:
+        return "\n".join([found[1], *TABLES[found[2]](), found[3]])
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write the tables of all pages."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The base parameters during a call: detached, tracked, or replaced."""
+
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_func.modules import ReadTracker, original_parameters
+from lora_func.runtime._replacements import Replacement
+
+
+class PartOfCall(nn.Module):
+    """A function that runs a part of a model, as a module for ``functional_call``."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+
+def tracker_of(
+    module: nn.Module, detaches: bool, replaced: Replacement | None, unused: set[str] | None
+) -> ReadTracker:
+    """Make the dict that holds a module's parameters during a call.
+
+    Args:
+        module: The module.
+        detaches: Whether its parameters get no gradient.
+        replaced: The parameters that are replaced for the whole call, if any.
+        unused: The keys that nothing has used yet.
+
+    Returns:
+        The tracker.
+    """
+    original = original_parameters(module)
+    stored = original
+    if detaches:
+        stored = {
+            name: p.detach() if p is not None and p.requires_grad else p
+            for name, p in original.items()
+        }
+    if replaced is None:
+        return ReadTracker(stored, original)
+    return ReadTracker({**stored, **replaced.new}, original, unused, replaced.keys)
+
+
+def trainable_parameters(
+    model: nn.Module, skipped: Container[int], replaced: Iterable[Replacement]
+) -> dict[str, Tensor]:
+    """Return the base parameters that would get a gradient.
+
+    Args:
+        model: The model.
+        skipped: The ids of modules whose parameters a tracker holds.
+        replaced: The parameters that are replaced for the whole call.
+
+    Returns:
+        Name -> parameter.
+    """
+    taken = {id(original_parameters(one.module)[name]) for one in replaced for name in one.new}
+    found = {}
+    for path, module in model.named_modules():
+        if id(module) in skipped:
+            continue
+        prefix = f"{path}." if path else ""
+        for name, parameter in original_parameters(module).items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in taken:
+                found[prefix + name] = parameter
+    return found
