@@ -79,6 +79,11 @@ def autocasts(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+current_mode: Callable[[], Any] = torch.overrides._get_current_function_mode
+pop_mode: Callable[[], Any] = torch.overrides._pop_mode
+push_mode: Callable[[Any], None] = torch.overrides._push_mode
+"""The stack of torch function modes, from which one is taken where it has nothing to see."""
+
 # ------------------------------------------------------------------------------- tensors of torch
 
 
@@ -129,13 +134,13 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
 
     ``named_parameters(recurse=False)`` is a slow copy without the None; scripted modules have that.
     """
-    own = module._parameters
+    own: Any = module.__dict__.get("_parameters")
     return own if isinstance(own, dict) else dict(module.named_parameters(recurse=False))
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the dict in which a module keeps its children; a scripted module gives a copy."""
-    own = module._modules
+    own: Any = module.__dict__.get("_modules")
     return own if isinstance(own, dict) else dict(module.named_children())
 
 
@@ -150,8 +155,9 @@ def forward_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
-PARAMETERS, HOOKS, PRE_HOOKS = "_parameters", "_forward_hooks", "_forward_pre_hooks"
-"""The attributes of a module that hold its parameters, and the hooks around its forward."""
+PARAMETERS, CHILDREN = "_parameters", "_modules"
+HOOKS, PRE_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+"""The attributes of a module that hold its parameters, children and hooks."""
 
 CACHED_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 """Where torch's recurrent layers remember the tensors that their last call used."""
@@ -197,9 +203,8 @@ CHECKPOINT_PATCH = (vars(torch_checkpoint), "__dynamo_disable")
 # ----------------------------------------------------------------------- transformers, accelerate
 
 
-def forward_slot(module: nn.Module) -> str:
-    """Name the attribute that an adapter replaces: accelerate's hooks stand in "forward"."""
-    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+OLD_FORWARD = "_old_forward"
+"""The attribute of a module that holds its forward while accelerate's hooks stand in "forward"."""
 
 
 def masking_module() -> Any:

@@ -1,12 +1,12 @@
 """Walking through a model: paths, parameters, and whether its structure has changed."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 from torch import Tensor, nn
 
-from lora_func.compat import children_of, parameters_of
+from lora_func.compat import CHILDREN, PARAMETERS, children_of, parameters_of
 
 
 def find_site(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
@@ -61,10 +61,11 @@ class Structure(NamedTuple):
             module = reference()
             if module is None:
                 return False
-            children = children_of(module)
-            if len(children) != len(names):
-                return False
-            if names and ((*children,) != names or (*map(id, children.values()),) != ids):
+            if names:
+                children = children_of(module)
+                if (*children,) != names or (*map(id, children.values()),) != ids:
+                    return False
+            elif vars(module).get(CHILDREN):
                 return False
         return True
 
@@ -73,7 +74,8 @@ class Structure(NamedTuple):
         for reference, _, _ in self.places:
             module = reference()
             if module is not None:
-                for parameter in parameters_of(module).values():
+                own = vars(module).get(PARAMETERS)
+                for parameter in parameters_of(module).values() if own is None else own.values():
                     if parameter is not None and parameter.requires_grad:
                         return True
         return False
@@ -108,42 +110,26 @@ def identities(model: nn.Module) -> frozenset[int]:
 class ReadTracker(dict[str, Any]):
     """The parameters of a module while an adapter is injected.
 
-    The module itself reads them by ``inner``. Everyone else reads them by name, as attributes of
-    the module, and gets what the module computes with: the adapted weight.
+    The module itself reads them by ``inner``. Other code reads them by name, as attributes of the
+    module, and gets what the module computes with: the adapted parameter.
 
     Attributes:
         original: The dict that this one replaces during the call.
-        used_by: Name -> the keys of the adapter that reading it uses.
-        unused: The keys that nothing has used yet; reading removes some.
-        adapt: Gives the adapted parameter, from its name and the stored one; None if the stored one
-            is what the module computes with.
+        source: Gives the adapted parameter, from its name and the stored one; None if the stored
+            one is what the module computes with.
     """
 
-    __slots__ = ("adapt", "original", "unused", "used_by")
-
-    def __init__(
-        self,
-        stored: Mapping[str, Any],
-        original: dict[str, Any],
-        unused: set[str] | None = None,
-        used_by: Mapping[str, Collection[str]] | None = None,
-        adapt: Callable[[str, Any], Any] | None = None,
-    ) -> None:
-        super().__init__(stored)
-        self.original = original
-        self.unused = unused
-        self.used_by = used_by
-        self.adapt = adapt
+    __slots__ = ("original", "source")
+    original: dict[str, Any]
+    source: "AdaptedSource | None"
 
     def inner(self, name: str) -> Any:
         """Return a stored parameter."""
-        if self.used_by and self.unused:
-            self.unused.difference_update(self.used_by.get(name, ()))
         return dict.__getitem__(self, name)
 
     def __getitem__(self, name: str) -> Any:
         value = self.inner(name)
-        return value if self.adapt is None else self.adapt(name, value)
+        return value if self.source is None else self.source.adapt(name, value)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a parameter as code outside the module reads it."""
@@ -158,16 +144,41 @@ class ReadTracker(dict[str, Any]):
         return dict, (dict(self.original),)
 
 
+class AdaptedSource(Protocol):
+    """What knows the adapted parameters of a module."""
+
+    def adapt(self, name: str, stored: Any) -> Any:
+        """Return what code outside the module reads for a stored parameter."""
+
+
+class ReplacedParameters(ReadTracker):
+    """The parameters of a module of which some are replaced for the whole call.
+
+    Attributes:
+        used_by: Name -> the keys of the adapter that reading it uses.
+        unused: The keys that nothing has used yet; reading removes some.
+    """
+
+    __slots__ = ("unused", "used_by")
+    used_by: Mapping[str, Collection[str]]
+    unused: set[str]
+
+    def inner(self, name: str) -> Any:
+        """Return a stored parameter, and note that it was used."""
+        self.unused.difference_update(self.used_by.get(name, ()))
+        return dict.__getitem__(self, name)
+
+
 def original_parameters(module: nn.Module) -> dict[str, Any]:
     """Return a module's parameters as they are without an adapter."""
     own = parameters_of(module)
-    return own.original if type(own) is ReadTracker else own
+    return own.original if isinstance(own, ReadTracker) else own
 
 
 def inner_parameters(module: nn.Module) -> dict[str, Any]:
     """Return the parameters that a module itself runs with, before its adapter changes them."""
     own = parameters_of(module)
-    return {name: own.inner(name) for name in own} if type(own) is ReadTracker else own
+    return {name: own.inner(name) for name in own} if isinstance(own, ReadTracker) else own
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -17,7 +17,6 @@ from lora_func.initialization._padding import last_rows, masks_of, real_rows, ro
 from lora_func.runtime import (
     ForwardOverride,
     LossFn,
-    Patch,
     arguments,
     eval_patches,
     has_fast_path,
@@ -141,7 +140,7 @@ class _Gather:
         with patched(self._patches(watch)):
             return self.model(*args, **kwargs)
 
-    def _patches(self, watch: Watch) -> Iterator[Patch]:
+    def _patches(self, watch: Watch) -> Iterator[tuple[Any, Any, Any]]:
         for path, module in self.model.named_modules():
             if path in self.observers:
                 yield override_forward(module, path, _WatchedForward, path, watch)

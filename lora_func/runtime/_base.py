@@ -5,7 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_func.modules import ReadTracker, original_parameters
+from lora_func.compat import PARAMETERS
+from lora_func.modules import (
+    AdaptedSource,
+    ReadTracker,
+    ReplacedParameters,
+    original_parameters,
+)
 from lora_func.runtime._replacements import Replacement
 
 
@@ -23,29 +29,41 @@ class PartOfCall(nn.Module):
 
 
 def tracker_of(
-    module: nn.Module, detaches: bool, replaced: Replacement | None, unused: set[str] | None
+    module: nn.Module,
+    detaches: bool,
+    source: AdaptedSource | None,
+    replaced: Replacement | None,
+    unused: set[str] | None,
 ) -> ReadTracker:
     """Make the dict that holds a module's parameters during a call.
 
     Args:
         module: The module.
         detaches: Whether its parameters get no gradient.
+        source: Gives the adapted parameters to code outside the module, if they are computed.
         replaced: The parameters that are replaced for the whole call, if any.
         unused: The keys that nothing has used yet.
 
     Returns:
         The tracker.
     """
-    original = original_parameters(module)
-    stored = original
-    if detaches:
-        stored = {
-            name: p.detach() if p is not None and p.requires_grad else p
-            for name, p in original.items()
-        }
+    original = vars(module).get(PARAMETERS)
+    if type(original) is not dict:
+        original = original_parameters(module)
+    tracker: ReadTracker
     if replaced is None:
-        return ReadTracker(stored, original)
-    return ReadTracker({**stored, **replaced.new}, original, unused, replaced.keys)
+        tracker = ReadTracker(original)
+    else:
+        tracker = ReplacedParameters(original)
+        tracker.update(replaced.new)
+        tracker.used_by, tracker.unused = replaced.keys, set() if unused is None else unused
+    if detaches:
+        for name, parameter in original.items():
+            kept = replaced is not None and name in replaced.new
+            if not kept and parameter is not None and parameter.requires_grad:
+                dict.__setitem__(tracker, name, parameter.detach())
+    tracker.original, tracker.source = original, source
+    return tracker
 
 
 def trainable_parameters(

@@ -4,14 +4,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_func.compat import PARAMETERS, transformed, uncompiled
-from lora_func.modules import ReadTracker, original_parameters
+from lora_func.modules import original_parameters
 from lora_func.runtime._base import PartOfCall, tracker_of, trainable_parameters
 from lora_func.runtime._checkpoint import intercepted_checkpoints
 from lora_func.runtime._layout import ModelLayout, check_transformable, layout_of, present
@@ -29,6 +29,9 @@ from lora_func.runtime._settings import (
 )
 from lora_func.runtime._site import Site
 from lora_func.runtime._sites import SingleForward, check_single_axes
+
+Override: TypeAlias = tuple[nn.Module, str, type[ForwardOverride], tuple[Any, ...]]
+"""A module, its path, what it runs, and the settings of that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,45 +129,49 @@ class Injection:
         for module in present(layout.recurrent):
             yield from cached_weights(module)
         replaced = {id(one.module): one for one in self.replaced}
-        for module, patch in self._overrides():
-            yield patch
-            adapt = getattr(patch.value, "adapt", None)
-            if adapt is not None:
-                tracker = self._tracker(module, replaced.pop(id(module), None))
-                tracker.adapt = adapt
-                yield vars(module), PARAMETERS, tracker
+        patches: list[tuple[Any, Any, Any]] = []
+        for module, path, kind, settings in self._overrides():
+            own, _, source = patch = override_forward(module, path, kind, *settings)
+            patches.append(patch)
+            if kind is SingleForward or kind is StackedForward:
+                one = replaced.pop(id(module), None) if replaced else None
+                tracker = tracker_of(module, self.detaches, source, one, self.unused[0])
+                patches.append((own, PARAMETERS, tracker))
+        yield from patches
         for one in replaced.values():
-            yield vars(one.module), PARAMETERS, self._tracker(one.module, one)
-
-    def _tracker(self, module: nn.Module, replaced: Replacement | None) -> ReadTracker:
-        return tracker_of(module, self.detaches, replaced, self.unused[0])
+            tracker = tracker_of(one.module, self.detaches, None, one, self.unused[0])
+            yield vars(one.module), PARAMETERS, tracker
 
     def _compiled_patches(self) -> Iterator[tuple[Any, Any, Any]]:
-        yield from (patch for _, patch in self._overrides())
+        for module, path, kind, settings in self._overrides():
+            yield override_forward(module, path, kind, *settings)
         for module, new, _ in self.replaced:
             own = original_parameters(module)
             yield from ((own, name, tensor) for name, tensor in new.items())
 
-    def _overrides(self) -> Iterator[tuple[nn.Module, Patch]]:
+    def _overrides(self) -> Iterator[Override]:
+        """The modules that run another forward, and what they run."""
         rows = self.rows
         for path, reference in self.layouts[0].quantised:
             module = reference()
             if module is not None and rows is None:
-                yield module, override_forward(module, path, ForwardOverride)
+                yield module, path, ForwardOverride, ()
             elif module is not None:
-                yield module, override_forward(module, path, PassThrough, path, module, rows)
+                yield module, path, PassThrough, (path, module, rows)
         yield from self._single() if rows is None else self._stacked(rows)
 
-    def _single(self) -> Iterator[tuple[nn.Module, Patch]]:
+    def _single(self) -> Iterator[Override]:
         (layout,), (params,), (unused,) = self.layouts, self.adapters, self.unused
         for sites in layout.groups:
-            if not sites[0].everywhere:
-                path, module = sites[0].path, sites[0].module
-                settings = (module, sites, params, unused)
-                yield module, override_forward(module, path, SingleForward, *settings)
+            site = sites[0]
+            if not site.everywhere:
+                module = site.reference()
+                assert module is not None
+                yield module, site.path, SingleForward, (module, sites, params, unused)
 
-    def _stacked(self, rows: Rows) -> Iterator[tuple[nn.Module, Patch]]:
+    def _stacked(self, rows: Rows) -> Iterator[Override]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}
+        losses = None if torch.compiler.is_compiling() else self.losses
         for i, layout in enumerate(self.layouts):
             for sites in layout.groups:
                 nowhere: list[Sequence[Site]] = [()] * len(self.layouts)
@@ -172,8 +179,7 @@ class Injection:
         for module, of_all in found.items():
             path = ", ".join({site.path: None for sites in of_all for site in sites})
             parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
-            settings = (path, module, rows, parts)
-            yield module, override_forward(module, path, StackedForward, *settings)
+            yield module, path, StackedForward, (path, module, rows, parts, losses)
 
 
 def injection(

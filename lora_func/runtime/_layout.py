@@ -31,6 +31,7 @@ class ModelLayout(NamedTuple):
         variants: The variants at work.
         keys: Their keys.
         ndims: Key -> the numbers of axes that its leaf may have in one adapter, if known.
+        usual_ndims: The first of these numbers for each key.
         changed: The ids of the modules that run another forward or have other parameters.
         checkpoints: The modules that can recompute their part of the model, weakly.
         norms: The modules that keep running statistics, or use those of the batch, weakly.
@@ -47,6 +48,7 @@ class ModelLayout(NamedTuple):
     variants: tuple[Variant, ...]
     keys: frozenset[str]
     ndims: Mapping[str, tuple[int, ...]]
+    usual_ndims: list[int]
     changed: frozenset[int]
     checkpoints: tuple[Reference, ...]
     norms: tuple[Reference, ...]
@@ -177,13 +179,15 @@ def _make_layout(
         others.append(site)
     named = [(path, ref(m), m) for path, m in model.named_modules()]
     sites = tuple(site for sites in groups.values() for site in sites)
+    ndims = {key: of_leaf for site in sites for key, of_leaf in ndims_of(site).items()}
     return ModelLayout(
         structure(model, forget),
         sites,
         tuple(map(tuple, groups.values())),
         tuple({site.variant.name: site.variant for site in sites}.values()),
         frozenset(key for site in sites for key in site.keys.values()),
-        {key: ndims for site in sites for key, ndims in ndims_of(site).items()},
+        ndims,
+        [first for first, *_ in ndims.values()],
         frozenset(groups) | {id(module) for _, _, module in named if is_quantised(module)},
         tuple(reference for _, reference, m in named if hasattr(m, "gradient_checkpointing")),
         tuple(reference for _, reference, m in named if _uses_statistics(m)),

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lora_func.compat import current_mode, pop_mode, push_mode
+
 Loss: TypeAlias = Callable[..., Tensor]
 
 _WEIGHTED_BY_CLASS: tuple[Loss, ...] = (F.cross_entropy, F.nll_loss)
@@ -29,6 +31,8 @@ _LOSSES: frozenset[Loss] = frozenset(
         F.soft_margin_loss,
     }
 )
+_UNFLATTEN: Any = Tensor.unflatten
+_SPECIAL = _LOSSES | {_UNFLATTEN}
 
 
 class LossPerAdapter(TorchFunctionMode):
@@ -47,12 +51,11 @@ class LossPerAdapter(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _LOSSES:
-            return self._split(func, args, kwargs)
-        if func is Tensor.unflatten:  # the compiler cannot follow it into its base class
-            return torch.unflatten(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func in _SPECIAL:
+            if func is _UNFLATTEN:  # the compiler cannot follow it into its base class
+                return torch.unflatten(*args, **(kwargs or {}))
+            return self._split(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _split(self, loss: Loss, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         settings = dict(kwargs)
@@ -74,3 +77,25 @@ class LossPerAdapter(TorchFunctionMode):
         split = torch.stack(each)
         self.split.append(split)
         return split
+
+
+class PausedMode:
+    """A context in which one torch function mode sees no operations; other modes still do.
+
+    Nothing happens if the mode is not the innermost one.
+    """
+
+    __slots__ = ("mode", "paused")
+
+    def __init__(self, mode: TorchFunctionMode | None) -> None:
+        self.mode = mode
+        self.paused = False
+
+    def __enter__(self) -> None:
+        if self.mode is not None and current_mode() is self.mode:
+            pop_mode()
+            self.paused = True
+
+    def __exit__(self, *exc: object) -> None:
+        if self.paused:
+            push_mode(self.mode)

@@ -8,9 +8,8 @@ from typing import Any, NoReturn, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_func.compat import forward_slot, tree_map_only, without_torch_function
+from lora_func.compat import OLD_FORWARD, tree_map_only, without_torch_function
 from lora_func.errors import BusyModelError, UnusedLeafError
-from lora_func.runtime._patches import Patch
 from lora_func.weights import affine, is_packed, is_quantised, linear
 
 Forward: TypeAlias = Callable[..., Any]
@@ -64,7 +63,7 @@ class ForwardOverride:
 
 def override_forward(
     module: nn.Module, path: str, kind: Callable[..., ForwardOverride], *settings: Any
-) -> Patch:
+) -> tuple[dict[str, Any], str, Any]:
     """Make the patch with which a module runs another forward.
 
     Args:
@@ -80,7 +79,8 @@ def override_forward(
     Raises:
         TypeError: If the user's own function stands in the place of the forward.
     """
-    own, slot = vars(module), forward_slot(module)
+    own: dict[str, Any] = vars(module)
+    slot = OLD_FORWARD if OLD_FORWARD in own else "forward"
     found = own.get(slot)
     if found is None:
         found = module.forward
@@ -91,8 +91,9 @@ def override_forward(
             f"{path}: its forward was replaced on the instance, by {found!r}, which would be "
             "bypassed; remove that, or leave an adapted site out of the adapter"
         )
-    base = partial(_run_quantised, path, module) if is_quantised(module) else found
-    return Patch(own, slot, kind(found, base, *settings))
+    plain = type(module) is nn.Linear or not is_quantised(module)
+    base = found if plain else partial(_run_quantised, path, module)
+    return own, slot, kind(found, base, *settings)
 
 
 def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_func.compat import tree_flatten, tree_unflatten
 from lora_func.errors import FoldError
+from lora_func.runtime._losses import LossPerAdapter, PausedMode
 from lora_func.runtime._overrides import Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._site import Site
 from lora_func.runtime._sites import adapter_names, leaves_of, run_base, run_sites, runs_apply
@@ -58,21 +59,32 @@ class StackedForward(ForwardOverride):
         module: The module.
         rows: Which rows belong to which adapter.
         parts: What each stack does there.
+        losses: The mode that splits losses; an adapted module computes none.
     """
 
     path: str
     module: nn.Module
     rows: Rows
     parts: Sequence[Part]
+    losses: LossPerAdapter | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self._run(*tree_flatten((args, kwargs)))
+            with PausedMode(self.losses):
+                return self._run(args, kwargs)
         except Exception as error:
             error.add_note(f"in the {adapter_names(s for part in self.parts for s in part.sites)}")
             raise
 
-    def _run(self, values: list[Any], layout: Any) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (part, *others), module = self.parts, self.module
+        single = not others and not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+        if not single or args[0].ndim < 2 or not _takes_stack(part, module):
+            return self._run_parts(*tree_flatten((args, kwargs)))
+        _rows_of_one(self.path, args, self.rows)
+        return _run_stack(part, module, args[0])
+
+    def _run_parts(self, values: list[Any], layout: Any) -> Any:
         places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
         share = _rows_of_one(self.path, [values[i] for i in places], self.rows)
         sizes = [part.size * share for part in self.parts]
@@ -161,7 +173,7 @@ def _run_part(
 
     if not part.sites or runs_apply(part.sites, module):
         (x,) = values
-        if x.ndim > 1 and not mixed and all(site.variant.stacks for site in part.sites):
+        if x.ndim > 1 and part.sites and _takes_stack(part, module):
             return _run_stack(part, module, x)
         y = torch.vmap(one, randomness="different")(params, x.unflatten(0, (part.size, share)))
         assert isinstance(y, Tensor)
@@ -174,8 +186,17 @@ def _run_part(
     return _joined(outputs)
 
 
+def _takes_stack(part: Part, module: nn.Module) -> bool:
+    """True if the variant's ``apply`` runs all adapters of a part at once."""
+    (site, *_) = part.sites
+    takes = site.variant.stacks and runs_apply(part.sites, module)
+    return takes and not mixes_rows(module, site.path)
+
+
 def _run_stack(part: Part, module: nn.Module, x: Tensor) -> Tensor:
     (site,) = part.sites
+    if part.unused:
+        part.unused.difference_update(site.known)
     rows = x.reshape(part.size, -1 if x.numel() else 0, x.shape[-1])
     y = site.variant.apply(affine(module, site.path), leaves_of(site, part.params), rows)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -33,6 +33,8 @@ def check_single_axes(layout: ModelLayout, params: Mapping[str, Tensor]) -> None
     Raises:
         ValueError: If a leaf has other axes than its variant names.
     """
+    if [params[key].ndim for key in layout.ndims] == layout.usual_ndims:
+        return
     for key, ndims in layout.ndims.items():
         if params[key].ndim not in ndims:
             raise ValueError(

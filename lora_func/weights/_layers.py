@@ -49,7 +49,7 @@ def affine(module: nn.Module, path: str = "") -> Affine:
 def _stored(module: nn.Module, name: str) -> Any:
     """The stored parameter; a parametrized one is computed instead, by its attribute."""
     own = parameters_of(module)
-    if type(own) is ReadTracker:
+    if isinstance(own, ReadTracker):
         return own.inner(name)
     return own[name] if name in own else getattr(module, name)
 
