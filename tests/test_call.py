@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import gc
+import pickle
 import random
 import signal
 import weakref
@@ -17,9 +18,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import lora_func as lf
+from lora_func.compat import CHECKPOINT_PATCH
+from lora_func.runtime import layout_of, patched
+from lora_func.runtime._layout import CACHED_LAYOUTS, _layouts
 from lora_func.runtime._running import active
+from lora_func.runtime._settings import _math_attention
 from tests.support.models import lora as adapter
-from tests.support.models import merged
+from tests.support.models import merged, scramble
 from tests.support.snapshots import assert_same, snapshot
 
 
@@ -447,3 +452,250 @@ def test_leaves_need_not_be_leaves():
     params = {key: leaf.detach() for key, leaf in adapter(model, r=2).items()}
     lf.fcall(model, params | {"0.lora.B": params["0.lora.B"] * knob}, x).sum().backward()
     assert knob.grad != 0
+
+
+class Autoencoder(nn.Module):
+    """Calls a layer, and reads its weight."""
+
+    def __init__(self, layer, read):
+        super().__init__()
+        self.layer, self.read = layer, read
+
+    def forward(self, x):
+        return self.read(self.layer, self.layer(x))
+
+
+READERS = {
+    "linear": (nn.Linear(4, 4), lambda layer, h: h.relu() @ layer.weight, torch.ones(2, 4)),
+    "its bias": (nn.Linear(4, 4), lambda layer, h: h * layer.bias, torch.ones(2, 4)),
+    "an operator first": (
+        nn.Linear(4, 4),
+        lambda m, h: (2 * m.weight.t()).sum() + h,
+        torch.ones(2, 4),
+    ),
+    "convolution": (
+        nn.Conv1d(4, 4, 1),
+        lambda layer, h: h + layer.weight.squeeze(-1).sum(),
+        torch.ones(1, 4, 3),
+    ),
+    "embedding": (
+        nn.Embedding(5, 4),
+        lambda layer, h: h @ layer.weight.T,
+        torch.tensor([[1, 2, 3]]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("layer", "read", "x"), READERS.values(), ids=READERS)
+@pytest.mark.parametrize("config", [lf.LoRA, lf.IA3, lf.DoRA], ids=lambda c: c.__name__)
+def test_who_reads_a_weight_past_its_module_gets_the_adapted_one(layer, read, x, config):
+    model = Autoencoder(copy.deepcopy(layer), read).requires_grad_(False)
+    sizes = {} if config is lf.IA3 else {"r": 2}
+    params = scramble(lf.init(model, config(target_modules="layer", **sizes)))
+    merged_model = copy.deepcopy(model)
+    merged_model.load_state_dict(lf.merge(model, params))
+    y = lf.fcall(model, params, (x,))
+    torch.testing.assert_close(y, merged_model(x))
+    with lf.adapted(model, params):
+        torch.testing.assert_close(model(x), y)
+    gradients = torch.func.grad(lambda p: lf.fcall(model, p, (x,)).sum())(
+        {key: leaf.detach() for key, leaf in params.items()}
+    )
+    trained = lf.partition(params)[0]
+    expected = torch.autograd.grad(y.sum(), [*trained.values()])
+    for key, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(gradients[key], gradient)
+    stacked = lf.stack([params, params])
+    with pytest.raises(lf.FoldError, match="reads this parameter past its module"):
+        lf.vcall(model, stacked, (x,))
+    looped = lf.vcall(model, stacked, (x,), fallback="loop")
+    torch.testing.assert_close(looped[1], y)
+
+
+def test_reading_the_dtype_of_a_weight_computes_nothing():
+    def read(layer, h):
+        assert isinstance(layer.weight, torch.Tensor)
+        assert (layer.weight.shape, layer.weight.device) == ((4, 4), h.device)
+        return h.to(layer.weight.dtype)
+
+    model = Autoencoder(nn.Linear(4, 4), read).requires_grad_(False)
+    params, x = adapter(model, r=2), torch.randn(3, 4)
+    lf.fcall(model, params, x)
+    assert lf.vcall(model, lf.stack([params, params]), x).shape == (2, 3, 4)
+
+
+def test_a_layer_that_is_only_read_has_no_part():
+    model = Autoencoder(nn.Linear(4, 4), lambda layer, h: h)
+    model.forward = lambda x: x @ model.layer.weight
+    params = adapter(model, r=2)
+    with pytest.raises(lf.UnusedLeafError, match="only reads its weight past it"):
+        lf.fcall(model, params, torch.ones(2, 4))
+
+
+def test_a_block_without_a_call_is_no_error():
+    model = mlp()
+    with lf.adapted(model, adapter(model, r=2)):
+        pass
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("transform", [None, torch.func.grad])
+def test_a_recurrent_layer_keeps_nothing(layer, transform):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = layer(4, 4, batch_first=True), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.last(self.layer(x)[0])
+
+    model, x = Recurrent(), torch.randn(2, 3, 4)
+    y, before = model(x), [id(w) for w in model.layer._flat_weights]
+    cfg = [lf.Full(target_parameters="layer"), lf.LoRA(r=2, target_modules="last")]
+    params = {key: leaf.detach() for key, leaf in scramble(lf.init(model, cfg)).items()}
+    call = transform or (lambda function: function)
+    call(lambda p: lf.fcall(model, p, x).sum())(params)
+    assert [id(w) for w in model.layer._flat_weights] == before
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_a_running_model_is_not_copied(duplicate):
+    model = mlp()
+    for params in (adapter(model, r=2), lf.init(model, lf.Full(target_parameters="0.bias"))):
+        with lf.adapted(model, params), pytest.raises(lf.BusyModelError, match="copied or pickled"):
+            duplicate(model)
+    duplicate(model)
+
+
+def test_a_copy_made_inside_a_call_is_plain():
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x):
+            self.again = [copy.deepcopy(self.norm)]
+            return self.norm(x)
+
+    model = Copies()
+    params = scramble(lf.init(model, lf.Full(target_parameters="norm")))
+    lf.fcall(model, params, torch.ones(2, 4))
+    (again,) = model.again
+    assert torch.equal(again.weight, model.norm.weight)
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed, as a buffer and as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("last", torch.zeros(2, 4))
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.last, self.seen = y.detach(), y
+        return y
+
+
+def vmapped(function):
+    return lambda p: torch.vmap(function)({key: torch.stack([p[key], p[key]]) for key in p})
+
+
+def pushed(function):
+    return lambda p: torch.func.jvp(function, (p,), (p,))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, vmapped, pushed])
+def test_a_transform_leaves_no_dead_tensor(transform):
+    model = Remembers().requires_grad_(False)
+    params = {key: leaf.detach() for key, leaf in lf.init(model, lf.LoRA(r=2)).items()}
+    before = model.last
+    transform(lambda p: lf.fcall(model, p, torch.ones(2, 4)).sum())(params)
+    assert model.last is before
+    assert not hasattr(model, "seen")
+    copy.deepcopy(model)
+
+
+def test_submodules_that_are_compiled_or_scripted():
+    compiled = torch.compile(nn.Linear(4, 4), backend="eager")
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    for other in (compiled, scripted, nn.ModuleList(), nn.ParameterDict()):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+        model.other = other
+        model.forward = lambda x, model=model: model[0](x)
+        lf.fcall(model, lf.init(model, lf.LoRA(r=2, target_modules="^0$")), torch.ones(2, 4))
+
+
+def test_layouts_are_bounded_and_know_no_order():
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(7))), torch.ones(1, 4)
+    params = adapter(model, r=1)
+    layout = layout_of(model, params)
+    assert layout_of(model, dict(reversed(params.items()))) is layout
+    for i in range(1, 100):
+        chosen = {k: v for k, v in params.items() if i >> int(k[0]) & 1}
+        lf.fcall(model, chosen, x)
+    assert len(_layouts[model]) <= CACHED_LAYOUTS
+
+
+def test_a_variant_that_is_registered_again_is_the_one_that_runs():
+    class Scaled(lf.LinearConfig):
+        pass
+
+    def scaled(by):
+        return lf.Variant(
+            name="scaled",
+            config=Scaled,
+            init=lambda W, cfg, generator, stats: {"g": torch.ones(())},
+            apply=lambda W, params, x: lf.linear(x, W) * by * params["g"],
+            leaves={"g": ""},
+        )
+
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4)
+    lf.register(scaled(1))
+    params = lf.init(model, Scaled())
+    assert torch.equal(lf.fcall(model, params, x), model(x))
+    lf.register(scaled(2), overwrite=True)
+    assert torch.equal(lf.fcall(model, params, x), 2 * model(x))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs POSIX timers")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_settings_of_torch_survive_interrupts():
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupt
+
+    def settings():
+        place, name = CHECKPOINT_PATCH
+        cuda = torch.backends.cuda
+        kernels = cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()
+        return torch.backends.mha.get_fastpath_enabled(), kernels, place.get(name)
+
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = nn.Sequential(layer).eval().requires_grad_(False)
+    params = {key: leaf.detach() for key, leaf in lf.init(model, lf.LoRA(r=2)).items()}
+    x, rng, before = torch.randn(2, 3, 4), random.Random(0), settings()
+
+    def run():
+        lf.fcall(model, params, x)
+        with patched([(_math_attention, object(), True)]):  # as under vmap and jvp
+            pass
+
+    run()
+    found = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 4e-3))
+                run()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupt:
+                pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, found)
+    assert settings() == before

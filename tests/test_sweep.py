@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 import lora_func as lf
+from lora_func.runtime import layout_of
 from tests.support.families import of_class, text
 from tests.support.models import Gate, batch_for, make, scramble
 from tests.support.pairs import ADAPTERS, adapter, families
@@ -665,3 +666,124 @@ def test_gradients_are_clipped_for_each_adapter(as_stack):
         same(size, torch.tensor(20.0))
     with pytest.raises(ValueError, match="max_norm: got -1"):
         lf.clip_grad_norm(adapters, -1)
+
+
+def test_a_default_device_changes_nothing():
+    """It is a torch function mode of its own, which calls public functions again."""
+    model, batch = frozen("bert"), of_class()
+    adapters = [lora(model, seed) for seed in range(2)]
+    leaves = [leaf for one in adapters for leaf in lf.partition(one)[0].values()]
+
+    def run():
+        losses = lf.vcall(model, lf.stack(adapters), batch)
+        return losses, torch.autograd.grad(losses.sum(), leaves)
+
+    expected = run()
+    with torch.device("cpu"):
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+
+
+def test_losses_are_split_by_a_mode_and_nothing_is_patched():
+    seen = []
+
+    def then(model, x):
+        seen.append(nn.functional.mse_loss is original)
+        return ModelOutput(loss=nn.functional.mse_loss(model.layer(x), x))
+
+    original = nn.functional.mse_loss
+    model = Own(then).requires_grad_(False)
+    stacked = lf.stack([lora(model, seed) for seed in range(2)])
+    assert lf.vcall(model, stacked, X).shape == (2,)
+    assert all(seen)
+
+
+class Centred(nn.Module):
+    centre, calls = False, 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, t=1.0):
+        self.calls += 1
+        y = self.layer(x) * t
+        return y - y.mean(0) if self.centre else y
+
+
+def test_a_refusal_ends_with_its_cause():
+    model = Centred().requires_grad_(False)
+    stacked = lf.stack([lora(model, seed) for seed in range(2)])
+    model.centre = True
+    with pytest.raises(lf.FoldError):
+        lf.vcall(model, stacked, X)
+    model.centre = False
+    lf.vcall(model, stacked, X)
+
+
+def test_another_number_is_the_same_kind_of_batch():
+    model = Centred().requires_grad_(False)
+    stacked = lf.stack([lora(model, seed) for seed in range(2)])
+    lf.vcall(model, stacked, (X, 1.0))
+    for t in range(100):
+        model.calls = 0
+        lf.vcall(model, stacked, (X, 1.1 + t))
+        assert model.calls == 1
+    verdicts = layout_of(model, stacked).verdicts
+    assert len(verdicts) == 1
+    for i in range(100):
+        lf.vcall(model, stacked, (X, 1.0), check="first", strict=bool(i % 2))
+    assert len(verdicts) == 1
+
+
+def test_fallback_loops_over_a_fold_error_alone():
+    def limited(error, most):
+        def then(model, x):
+            if len(x) > most:
+                raise error
+            return model.layer(x)
+
+        model = Own(then).requires_grad_(False)
+        return model, lf.stack([lora(model, seed) for seed in range(3)])
+
+    for error in (MemoryError("out of memory"), torch.OutOfMemoryError("out"), KeyError("x")):
+        model, stacked = limited(error, most=3)
+        with pytest.raises(type(error)):
+            lf.vcall(model, stacked, X, fallback="loop")
+    model, stacked = limited(RuntimeError("shape"), most=3)
+    with pytest.raises(lf.FoldError, match="not on those of one: RuntimeError: shape"):
+        lf.vcall(model, stacked, X)
+    assert lf.vcall(model, stacked, X, fallback="loop").shape == (3, 3, 4)
+    model, stacked = limited(RuntimeError("always"), most=0)
+    with pytest.raises(RuntimeError, match="always"):
+        lf.vcall(model, stacked, X, fallback="loop")
+
+
+def test_a_parameter_of_a_container_beside_an_adapted_layer():
+    class WithToken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+
+    model, x = WithToken(), torch.randn(2, 3, 4)
+    cfg = [lf.LoRA(r=2, target_modules="layer"), lf.Full(target_parameters="token")]
+    adapters = [scramble(lf.init(model, cfg, seed=seed), seed) for seed in range(3)]
+    with pytest.raises(lf.FoldError, match="token: its module runs other adapted modules"):
+        lf.vcall(model, lf.stack(adapters), x)
+    looped = lf.vcall(model, lf.stack(adapters), x, fallback="loop")
+    same(looped, torch.stack([lf.fcall(model, one, x) for one in adapters]))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm1d(4, track_running_stats=True), nn.SyncBatchNorm(4)]
+)
+def test_every_layer_with_running_statistics_is_refused_in_training(norm):
+    model = nn.Sequential(nn.Linear(4, 4), norm).requires_grad_(False).train()
+    stacked = lf.stack([lora(model, seed, target_modules="0") for seed in range(2)])
+    with pytest.raises(lf.FoldError, match="its statistics are over the rows of all adapters"):
+        lf.vcall(model, stacked, torch.randn(2, 4, 4))
+    one = {key: leaf.detach() for key, leaf in lf.unstack(stacked)[0].items()}
+    with pytest.raises(RuntimeError, match="writes its running statistics"):
+        torch.func.grad(lambda p: lf.fcall(model, p, torch.randn(2, 4, 4)).sum())(one)

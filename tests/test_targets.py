@@ -1,11 +1,14 @@
 """Which sites a config names, and how it says that it names none."""
 
 import logging
+import sys
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Phi3Config,
@@ -336,7 +339,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_never_replaced():
     found = lf.find_targets(model, lf.LoRA())
     assert [t.site for t in found] == ["0"]
     assert "Doubling has its own forward" in found.left_out["1"]
-    with pytest.raises(TypeError, match=r"1: .*Doubling has a forward.*exclude_modules"):
+    with pytest.raises(TypeError, match=r"1: .*Doubling has its own forward.*exclude_modules"):
         lf.init(model, lf.LoRA(target_modules=r"\d"))
 
 
@@ -345,3 +348,55 @@ def test_parametrized_layers_are_sites():
     x = torch.randn(2, 4)
     params = lf.init(model, lf.LoRA(r=2))
     assert torch.equal(lf.fcall(model, params, x), model(x))
+
+
+def calls_of(function):
+    """How many Python functions run; a count, not a time."""
+    count = 0
+
+    def note(frame, event, _):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class Stack(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(layers))
+        self.layers = nn.ModuleList(blocks)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        lf.LoRA(r=1),
+        lf.LoRA(r=1, target_modules=(), target_parameters="weight"),
+        lf.LoRA(r=1, target_roles="reader"),
+        lf.LoRA(r=1, layers=(0, -1)),
+        lf.Full(target_parameters=".*"),
+    ],
+)
+def test_init_is_linear_in_the_number_of_layers(cfg):
+    models = {layers: Stack(layers) for layers in (20, 80)}
+    lf.init(models[20], cfg)
+    counts = {n: calls_of(lambda m=m: lf.init(m, cfg)) for n, m in models.items()}
+    assert counts[80] < 5 * counts[20]
+
+
+def test_all_linear_leaves_out_what_is_only_read():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    found = lf.find_targets(model, lf.LoRA(r=1))
+    assert "never calls it" in found.left_out["backbone.layers.0.mixer.dt_proj"]
+    ids = torch.arange(3, 9)[None]
+    lf.fcall(model, lf.init(model, lf.LoRA(r=1)), {"input_ids": ids})
+    params = lf.init(model, lf.LoRA(r=1, target_modules="conv1d|dt_proj"))
+    with pytest.raises(lf.UnusedLeafError, match="no part"), lf.adapted(model, params):
+        model(input_ids=ids)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_func.compat import PRE_HOOKS, uncompiled
 from lora_func.runtime._batch import LossFn, arguments, result
 from lora_func.runtime._injection import injection
-from lora_func.runtime._overrides import check_used
+from lora_func.runtime._overrides import Uncopied, check_used
 from lora_func.runtime._patches import patched
 
 
@@ -79,6 +79,15 @@ def call(
     return result(output, batch, loss_fn)
 
 
+class _Calls(Uncopied):
+    """A hook that notes whether the model was called."""
+
+    seen = False
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        self.seen = True
+
+
 @contextmanager
 def adapted(
     model: nn.Module, params: Mapping[str, Tensor], *, strict: bool = True
@@ -112,12 +121,12 @@ def adapted(
         >>> with lf.adapted(model, lf.init(model, lf.LoRA(r=2))):
         ...     output = model(torch.ones(1, 4))
     """
-    injected, calls = injection(model, [params], detaches=False), list[object]()
+    injected, calls = injection(model, [params], detaches=False), _Calls()
     root = vars(uncompiled(model))
     hooks = OrderedDict(root[PRE_HOOKS])
-    hooks[id(calls)] = lambda module, args: calls.append(None)
+    hooks[id(calls)] = calls
     with injected.inside(), patched([(root, PRE_HOOKS, hooks)]):
         yield model
-    was_called = bool(calls) or set(injected.unused[0] or ()) != injected.layouts[0].keys
+    was_called = calls.seen or set(injected.unused[0] or ()) != injected.layouts[0].keys
     if strict and was_called:
         check_used(injected.unused)

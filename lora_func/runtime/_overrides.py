@@ -34,8 +34,20 @@ def check_used(unused: Iterable[set[str] | None]) -> None:
         )
 
 
+class Uncopied:
+    """What stands in a model during a call; copies and pickles would keep the adapter for good."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise BusyModelError(
+            "a model cannot be copied or pickled while it runs with an adapter; do it before or "
+            "after, or use skeleton(model)"
+        )
+
+
 @dataclass(slots=True, eq=False, repr=False)
-class ForwardOverride:
+class ForwardOverride(Uncopied):
     """A module's forward during a call: what the module runs without an adapter.
 
     Attributes:
@@ -48,17 +60,6 @@ class ForwardOverride:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse copies and pickles of a running model, which would keep the adapter for good.
-
-        Raises:
-            BusyModelError: Always.
-        """
-        raise BusyModelError(
-            "a model cannot be copied or pickled while it runs with an adapter; do it before or "
-            "after, or use skeleton(model)"
-        )
 
 
 def override_forward(

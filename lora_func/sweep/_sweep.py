@@ -12,7 +12,8 @@ from lora_func.errors import FoldError
 from lora_func.runtime import LossFn, joined
 from lora_func.runtime import stacked as stacked_trees
 from lora_func.sweep._batching import batch_of, check_batched_axes
-from lora_func.sweep._verification import Sweep, verify
+from lora_func.sweep._fold import Sweep
+from lora_func.sweep._verification import verify
 
 Stack: TypeAlias = Mapping[str, Tensor]
 

@@ -1,109 +1,35 @@
-"""One call for several adapters, and the verification that a model keeps their rows apart."""
+"""The verification that a model keeps the rows of several adapters apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_func.adapter import parse
 from lora_func.compat import (
     active_transforms,
-    mixes_rows_in_training,
     tree_flatten,
     uncompiled,
 )
 from lora_func.errors import BusyModelError, FoldError, UnusedLeafError
-from lora_func.modules import original_parameters, shared_parameters
 from lora_func.runtime import (
-    LossFn,
-    ModelLayout,
-    Rows,
-    Site,
     arguments,
-    call,
-    check_used,
     eval_patches,
-    injection,
     layout_of,
     patched,
-    present,
     remember,
     tensors_of,
 )
 from lora_func.sweep._batching import (
-    batch_of,
     copied,
-    fold_batch,
     of_adapter,
-    results,
     without_caches,
 )
 from lora_func.sweep._comparison import difference
+from lora_func.sweep._fold import Sweep
 from lora_func.weights import packed, without_rounding
-
-
-class Sweep(NamedTuple):
-    """Adapters that run together.
-
-    Attributes:
-        model: The model.
-        stacks: The adapters.
-        sizes: The number of adapters in each stack.
-        batch: As for ``vcall``.
-        batched: Whether each adapter has its own batch.
-        loss_fn: As for ``fcall``.
-        strict: As for ``fcall``.
-        origin: The call that this is a part of, if it is.
-    """
-
-    model: nn.Module
-    stacks: Sequence[Mapping[str, Tensor]]
-    sizes: tuple[int, ...]
-    batch: Any
-    batched: bool
-    loss_fn: LossFn | None
-    strict: bool
-    origin: object = None
-
-    @property
-    def size(self) -> int:
-        """The number of adapters."""
-        return sum(self.sizes)
-
-    def together(self) -> Any:
-        """Run the model once on the rows of all adapters.
-
-        Returns:
-            The stacked results that each adapter would give alone.
-
-        Raises:
-            FoldError: If the adapters cannot share a call.
-        """
-        args, kwargs, rows = fold_batch(self.batch, self.size, self.batched)
-        injected = injection(self.model, self.stacks, Rows(self.sizes, rows), origin=self.origin)
-        _check_foldable(uncompiled(self.model), injected.layouts)
-        with injected.inside():
-            output = injected.call(args, kwargs)
-        if self.strict:
-            check_used(injected.unused)
-        assert injected.losses is not None
-        settings = (self.size, rows, self.batched, self.loss_fn, injected.losses.split)
-        return results(output, self.batch, *settings)
-
-    def alone(self, k: int) -> Any:
-        """Return what ``fcall`` returns for one adapter."""
-        batch = batch_of(self.batch, self.batched, k)
-        return call(self.model, self.adapter(k), batch, self.loss_fn, self.strict, self.origin)
-
-    def adapter(self, k: int) -> dict[str, Tensor]:
-        """Return one of the adapters."""
-        for stack, size in zip(self.stacks, self.sizes, strict=True):
-            if k < size:
-                return {key: leaf[k] for key, leaf in stack.items()}
-            k -= size
-        raise IndexError(k)
 
 
 def verify(sweep: Sweep) -> None:
@@ -140,8 +66,8 @@ def _kind(batch: Any) -> tuple[Any, ...]:
 def _kind_of_value(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, value.ndim
-    # flags and names choose another computation, numbers as a rule do not
-    return value if isinstance(value, (bool, str, type(None))) else type(value)
+    # flags and names choose a computation, numbers as a rule do not
+    return value if isinstance(value, (bool, str)) else type(value)
 
 
 def _compare(sweep: Sweep) -> None:
@@ -210,42 +136,3 @@ def _precision(sweep: Sweep) -> float:
     dtypes |= {packed(m, path).dtype for path, module in quantised if (m := module()) is not None}
     floats = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
-
-
-def _check_foldable(model: nn.Module, layouts: Sequence[ModelLayout]) -> None:
-    for norm in present(layouts[0].norms):
-        own = getattr(norm, "running_mean", None) is not None
-        if (norm.training and own) or (mixes_rows_in_training(norm) and not own):
-            raise FoldError(
-                f"{type(norm).__name__}: its statistics are over the rows of all adapters; call "
-                "eval() on it"
-            )
-    sites = [site for layout in layouts for site in layout.sites]
-    everywhere = [site for site in sites if site.everywhere]
-    places = shared_parameters(model) if everywhere else {}
-    for site in everywhere:
-        _check_place(site, places, sites)
-
-
-def _check_place(site: Site, places: Mapping[int, Sequence[Any]], sites: Sequence[Site]) -> None:
-    """Check that a replaced parameter is read only while its own module runs alone."""
-    module, own = site.module, original_parameters(site.module)
-    names = [*site.keys] if site.parameter is None else [site.parameter]
-    if isinstance(module, _READ_FROM_OUTSIDE) or any(
-        len(places.get(id(own[name]), ())) > 1 for name in names
-    ):
-        raise FoldError(
-            f"{site.path}: other modules read this parameter as well, or torch's attention "
-            'does; leave it out, or pass fallback="loop"'
-        )
-    inside = {id(child) for child in module.modules()} - {id(module)}
-    adapted = [other.path for other in sites if id(other.module) in inside]
-    if adapted:
-        path = ".".join(filter(None, (site.path, names[0])))
-        raise FoldError(
-            f"{path}: its module runs other adapted modules, such as {adapted[0]!r}, and cannot "
-            'run them adapter by adapter; leave it out, or pass fallback="loop"'
-        )
-
-
-_READ_FROM_OUTSIDE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)

@@ -49,9 +49,9 @@ def affine(module: nn.Module, path: str = "") -> Affine:
 def _stored(module: nn.Module, name: str) -> Any:
     """The stored parameter; a parametrized one is computed instead, by its attribute."""
     own = parameters_of(module)
-    if isinstance(own, ReadTracker):
-        return own.inner(name)
-    return own[name] if name in own else getattr(module, name)
+    if name not in own:
+        return getattr(module, name)
+    return own.inner(name) if isinstance(own, ReadTracker) else own[name]
 
 
 def has_matrix(module: nn.Module) -> bool:
