@@ -38,53 +38,24 @@ from lora_func.variant import (
     Variant,
     WeightFn,
 )
-from lora_func.variants import register
-from lora_func.variants.antipasto import AntiPaSTO
-from lora_func.variants.bitfit import BitFit
-from lora_func.variants.delora import DeLoRA
-from lora_func.variants.dora import DoRA
-from lora_func.variants.eva import EVA
-from lora_func.variants.full import Full
-from lora_func.variants.hra import HRA
-from lora_func.variants.ia3 import IA3
-from lora_func.variants.ia3_ff import IA3FF
-from lora_func.variants.lora import LoRA
-from lora_func.variants.oft import OFT
-from lora_func.variants.pissa import PiSSA
-from lora_func.variants.road import ROAD
-from lora_func.variants.shira import SHiRA
-from lora_func.variants.ssteer import SSteer
-from lora_func.variants.ssvd import SSVD
-from lora_func.variants.vera import VeRA
+from lora_func.variants import *
+from lora_func.variants import __all__ as _variants
 from lora_func.version import __version__
 from lora_func.weights import Affine, Weight, dense, linear
 
 __all__ = [
-    "EVA",
-    "HRA",
-    "IA3",
-    "IA3FF",
-    "OFT",
-    "ROAD",
-    "SSVD",
     "AdapterConfig",
     "AdapterFileError",
     "Affine",
-    "AntiPaSTO",
     "ApplyFn",
     "AsLoRA",
     "Attached",
     "BiasFn",
-    "BitFit",
     "BusyModelError",
     "ConcludeFn",
-    "DeLoRA",
-    "DoRA",
     "FoldError",
-    "Full",
     "InitFn",
     "LinearConfig",
-    "LoRA",
     "LowRankConfig",
     "LowRankFn",
     "NormFn",
@@ -94,10 +65,7 @@ __all__ = [
     "Params",
     "PeftFormat",
     "PeftLeaf",
-    "PiSSA",
     "RankConfig",
-    "SHiRA",
-    "SSteer",
     "SharedFn",
     "Target",
     "Targets",
@@ -105,7 +73,6 @@ __all__ = [
     "Trial",
     "UnusedLeafError",
     "Variant",
-    "VeRA",
     "Weight",
     "WeightFn",
     "__version__",
@@ -123,7 +90,6 @@ __all__ = [
     "merge",
     "partition",
     "peft",
-    "register",
     "save",
     "save_training_state",
     "skeleton",
@@ -133,3 +99,4 @@ __all__ = [
     "unstack",
     "vcall",
 ]
+__all__ += _variants

@@ -25,6 +25,44 @@ from lora_func.variants import (
     ssvd,
     vera,
 )
+from lora_func.variants.antipasto import AntiPaSTO
+from lora_func.variants.bitfit import BitFit
+from lora_func.variants.delora import DeLoRA
+from lora_func.variants.dora import DoRA
+from lora_func.variants.eva import EVA
+from lora_func.variants.full import Full
+from lora_func.variants.hra import HRA
+from lora_func.variants.ia3 import IA3
+from lora_func.variants.ia3_ff import IA3FF
+from lora_func.variants.lora import LoRA
+from lora_func.variants.oft import OFT
+from lora_func.variants.pissa import PiSSA
+from lora_func.variants.road import ROAD
+from lora_func.variants.shira import SHiRA
+from lora_func.variants.ssteer import SSteer
+from lora_func.variants.ssvd import SSVD
+from lora_func.variants.vera import VeRA
+
+__all__ = [
+    "EVA",
+    "HRA",
+    "IA3",
+    "IA3FF",
+    "OFT",
+    "ROAD",
+    "SSVD",
+    "AntiPaSTO",
+    "BitFit",
+    "DeLoRA",
+    "DoRA",
+    "Full",
+    "LoRA",
+    "PiSSA",
+    "SHiRA",
+    "SSteer",
+    "VeRA",
+    "register",
+]
 
 _TABLE = (
     antipasto.VARIANT,

@@ -16,7 +16,7 @@ References:
 
 Deviations: the codes write the residual into the weight, drop the layer's bias (the authors') or
 rotate the other way (lora-lite: negate T); we do none of it. The authors rotate one block of r x r
-and start δ off zero; ours starts at zero, in blocks. tanh bounds entries, not angles: in blocks
+and start δ off zero; here it starts at zero, in blocks. tanh bounds entries, not angles: in blocks
 larger than 2 the largest angle is ``2 atan(tan(max_angle / 2) / tan(π / 2b))``. Directions are
 chosen by S times the size of the activation along them, one pool for all batches; the authors'
 contrastive choice from pairs is not offered.

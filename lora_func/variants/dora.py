@@ -15,7 +15,7 @@ References:
 
 Deviations: the paper's "column-wise" norm is over the rows of a torch weight. The bias is not
 scaled, as in both codes. PEFT builds B A through an identity matrix and takes the norm of the sum
-in the weight's dtype, which in bfloat16 is off by up to 0.4 %; ours adds up in float32 and rounds
+in the weight's dtype, which in bfloat16 is off by up to 0.4 %; this one adds in float32 and rounds
 only W Aᵀ, so that it is the better the less a row has moved, and is held above √eps ‖W_i‖.
 """
 

@@ -12,8 +12,8 @@ References:
 
 Deviations: the paper writes an SVD of the inputs, the authors' code centres them first (PCA); we
 follow the code, ``center=False`` gives the other. PEFT updates a truncated decomposition until its
-components settle (``tau``); ours is the exact one of all the data, from a d_in x d_in scatter
-matrix that sites with the same input share. PEFT skips batches with too few tokens; we refuse data
+components settle (``tau``); here all data is decomposed exactly, from a d_in x d_in scatter matrix
+that sites with the same input share. PEFT skips batches with too few tokens; we refuse data
 with too few. PEFT's ``whiten`` depends on how much data there was and is not offered.
 """
 
@@ -42,7 +42,7 @@ class EVA(LowRankConfig):
     """Explained variance adaptation; make it with ``init(model, EVA(), data=batches)``.
 
     Attributes:
-        rho: With rho > 1 the ranks are shared out anew: of the first ``rho r`` components of every
+        rho: With rho > 1 the ranks are redistributed: of the first ``rho r`` components of every
             site those that explain most of their site's variance are kept, as many as before in
             all. A site may end without any, and then has no adapter. alpha goes with the rank, so
             that s stays.

@@ -5,7 +5,7 @@
 *Identity at the start because* each leaf is a copy of its parameter: exact where the leaf's dtype
 holds the base's.
 
-Asks of W: ``dense``, for a linear module of which only the bias is trained nothing but ``linear``.
+Asks of W: ``dense``; ``linear`` only, if only the bias of a linear layer is trained.
 
 References:
     None; this is ordinary fine-tuning, as functions of a dict. PEFT: ``modules_to_save`` and

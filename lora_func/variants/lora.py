@@ -13,7 +13,7 @@ References:
 Deviations: the paper draws A from a Gaussian, both codes from ``kaiming_uniform_(a=√5)``; we follow
 the codes. PEFT accepts r above min(d_out, d_in), which adds parameters and no rank; we refuse it.
 PEFT adds the term in the adapter's dtype, we in that of the activations. PEFT's default alpha of 8
-makes s shrink as r grows; ours keeps s = 2.
+makes s shrink as r grows; here s stays 2.
 """
 
 import math

@@ -1,6 +1,6 @@
 """SHiRA: a few entries of the weight are trained, the others are not.
 
-    W' = W + D,   D is zero but for nnz = r (d_out + d_in) entries
+    W' = W + D,   D has nnz = r (d_out + d_in) entries, the others are zero
 
 *Identity at the start because* the entries of D are zero.
 
@@ -11,7 +11,7 @@ References:
     https://arxiv.org/abs/2406.13175, section 3. Code: huggingface/peft ``tuners/shira``.
 
 Deviations: PEFT, which has the random mask and takes functions for others, adds D to a copy of the
-weight where it can; ours does where that does not round D, and else takes a second product, x Dᵀ.
+weight where it can; here it is added if that does not round D, else x Dᵀ is a second product.
 The paper's structured mask is not offered. Positions are kept, row by row, as a constant; without
 them the values mean nothing.
 """
@@ -36,7 +36,7 @@ class SHiRA(RankConfig):
 
     Attributes:
         mask: Which entries: "random"; "magnitude", the largest of W; "gradient", those with the
-            largest gradient of the loss, and "snip", with the largest |W * gradient|, both of which
+            largest gradient of the loss, and "snip", with the largest |W * gradient|; both
             need ``init(..., data=batches)``.
 
     Example:

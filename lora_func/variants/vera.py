@@ -11,7 +11,7 @@ References:
     https://arxiv.org/abs/2310.11454, eq. 2. Code: huggingface/peft ``tuners/vera``.
 
 Deviations: none in the mathematics. PEFT draws A and B from a generator of its own seed
-(``projection_prng_key``) with the same distributions; ours come from ``init``'s seed.
+(``projection_prng_key``) with the same distributions; here they come from ``init``'s seed.
 """
 
 from collections.abc import Mapping
