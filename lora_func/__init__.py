@@ -38,7 +38,7 @@ from lora_func.variant import (
     Variant,
     WeightFn,
 )
-from lora_func.variants import *
+from lora_func.variants import *  # noqa: F403 - the configs, listed in the table
 from lora_func.variants import __all__ as _variants
 from lora_func.version import __version__
 from lora_func.weights import Affine, Weight, dense, linear
