@@ -21,12 +21,17 @@ PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md")
 PACKAGE = ROOT / "lora_func"
 
 
+def built_in() -> list[lf.Variant]:
+    """The variants of the library, without the template and without other packages."""
+    found = {v.name: v.init.__module__ for v in all_variants()}
+    inside = re.compile(r"lora_func\.variants\.[a-z]\w*")
+    return [v for v in all_variants() if inside.fullmatch(found[v.name])]
+
+
 def configs() -> Iterator[tuple[type[lf.AdapterConfig], str]]:
     """Each config class of the library, and the docstring of its module."""
-    for config in dict.fromkeys(variant.config for variant in all_variants()):
-        name = config.__module__
-        if name.startswith("lora_func.variants.") and not name.rpartition(".")[2].startswith("_"):
-            yield config, inspect.cleandoc(sys.modules[name].__doc__ or "")
+    for config in dict.fromkeys(variant.config for variant in built_in()):
+        yield config, inspect.cleandoc(sys.modules[config.__module__].__doc__ or "")
 
 
 def link(address: str) -> str:
@@ -53,7 +58,7 @@ def settings() -> list[str]:
     rows = ["| config | fields | variants |", "|---|---|---|"]
     for config, _ in configs():
         own = [f for f in fields(config) if f.name not in common and f.name in shown(config)]
-        names = [variant.name for variant in all_variants() if variant.config is config]
+        names = [variant.name for variant in built_in() if variant.config is config]
         listed = ", ".join(f"{f.name}={f.default!r}" for f in own)
         rows.append(f"| `{config.__name__}` | `{listed}` | {', '.join(names)} |".replace("``", ""))
     return rows
@@ -62,6 +67,26 @@ def settings() -> list[str]:
 def shown(config: type[lf.AdapterConfig]) -> set[str]:
     """The fields that do not name sites."""
     return {f.name for f in fields(config)} - {f.name for f in fields(lf.LinearConfig)}
+
+
+def properties() -> list[str]:
+    """What each variant can do, read from its fields."""
+    rows = ["| variant | weight | mixed ranks | embeddings, convolutions | `combine` | PEFT |"]
+    rows += ["|---|---|---|---|---|---|"]
+    for variant in built_in():
+        sums = "low rank" if variant.low_rank else "leaves" if variant.neutral else "–"
+        kinds = dict.fromkeys(one.peft_type for one in variant.peft)
+        narrow = "narrow products" if variant.products_only else "whole weight"
+        cells = [
+            f"`{variant.name}`",
+            "yes" if variant.weight else "no",
+            "yes" if variant.pads else "–",
+            narrow if variant.weight else "–",
+            sums,
+            ", ".join(kinds) or "–",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def packages() -> list[str]:
@@ -80,7 +105,12 @@ def packages() -> list[str]:
     return rows
 
 
-TABLES = {"variants": variants, "settings": settings, "packages": packages}
+TABLES = {
+    "variants": variants,
+    "settings": settings,
+    "properties": properties,
+    "packages": packages,
+}
 
 
 def filled(text: str) -> str:
