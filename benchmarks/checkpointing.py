@@ -1,11 +1,11 @@
-"""What activation checkpointing saves: peak memory and time of one gradient, each in a process.
+"""Activation checkpointing: peak memory and time of one gradient.
 
     python -m nox -s bench -- checkpointing
 
-A Qwen3-shaped model is frozen, a LoRA on all its linear layers is differentiated: by autograd and
-by ``torch.func.grad``, which keeps the backward pass for another derivative, with and without
-``model.activation_checkpointing_enable()``. Memory is what a process needs at its peak above what
-it needed after a forward pass without gradients.
+A LoRA on all linear layers of a frozen Qwen3-shaped model is differentiated by autograd and by
+``torch.func.grad`` (it keeps the graph for higher derivatives), with and without
+``model.activation_checkpointing_enable()``. Each figure comes from its own process. Memory is the
+peak minus the peak after a forward pass without gradients.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Saving and loading an adapter, against safetensors alone.
+"""Saving and loading an adapter, compared with plain safetensors.
 
     python -m nox -s bench -- files
 
-``save`` writes the file, reads it back, compares it bit for bit and only then puts it in the place
-of an older one; ``load`` checks every tensor against a checksum. safetensors does neither.
+``save`` writes the file, reads it back, compares it bit for bit, and then replaces the older file.
+``load`` checks the checksum of every tensor. safetensors does neither.
 """
 
 import tempfile

@@ -1,10 +1,10 @@
-"""The time of a LoRA step on layers that are not linear, against the frozen layer and PEFT.
+"""The time of a LoRA step on other layer types, relative to the frozen layer and PEFT.
 
     python -m nox -s bench -- layers
 
-One layer each: the embedding of a large vocabulary, a convolution, and a mixture of experts whose
-weights are stacked. The floor is the frozen layer: its forward pass, and the backward pass to its
-input where that is differentiable.
+The layers are an embedding with a large vocabulary, a convolution, and a mixture of experts with
+stacked weights. The floor is the frozen layer: its forward pass, and the backward pass to its input
+if the input is differentiable.
 """
 
 import copy
@@ -34,7 +34,7 @@ def experts(width: int) -> nn.Module:
 
 
 def layers(options) -> dict:
-    """Layer -> the module, its input, and the targets, for us and for PEFT."""
+    """Layer name -> module, input, and targets for lora_func and PEFT."""
     width, vocabulary = options.width, options.vocabulary
     by_module = {"target_modules": ["0"]}
     return {

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, timing both sides in turn, peak memory, tables and plots."""
+"""Shared by the benchmarks: models, alternating timing, peak memory, tables and plots."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 def parser_of(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """Make the command line that the benchmarks share; a list of defaults takes several values."""
+    """Make the shared argument parser; an option with a list as default takes several values."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +44,7 @@ def parser_of(description: str, **defaults: Any) -> argparse.ArgumentParser:
         several = {"nargs": "+"} if isinstance(default, list) else {}
         kind = type(default[0] if several else default)
         parser.add_argument(f"--{name}", type=kind, default=default, **several)
-    # one measurement of a child process
+    # a child process runs only this measurement
     parser.add_argument("--only", type=json.loads, help=argparse.SUPPRESS)
     return parser
 
@@ -75,9 +75,9 @@ class Trial(NamedTuple):
     """A variant to measure.
 
     Attributes:
-        config: Its config.
-        data: Whether ``init`` takes calibration data.
-        peft: Makes PEFT's config for the same method; None if PEFT has none.
+        config: The variant's config.
+        data: True if ``init`` needs calibration data.
+        peft: Builds PEFT's config for the same method; None if PEFT lacks the method.
     """
 
     config: lf.AdapterConfig
@@ -92,7 +92,7 @@ class Trial(NamedTuple):
 
 
 def trials() -> dict[str, Trial]:
-    """The first settings of each variant, and all that PEFT has too."""
+    """The first trial of each variant, and all trials that PEFT also supports."""
     return {
         name: Trial(variant.config(**trial.settings), trial.data, _peft_config(trial))
         for variant in all_variants()
@@ -119,7 +119,7 @@ def with_peft(model: torch.nn.Module, config: peft.PeftConfig) -> torch.nn.Modul
 
 
 def floor_step(model: Qwen3ForCausalLM, batch: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-    """The frozen model alone: forward, and the backward pass down to the first layer's input."""
+    """A step of the frozen model: forward, and backward down to the first layer's input."""
     embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
 
     def step() -> None:
@@ -145,7 +145,7 @@ def training_step(
 def trained_stack(
     model: torch.nn.Module, trial: Trial, adapters: int, device: str
 ) -> dict[str, torch.Tensor]:
-    """A stack of adapters of several seeds, whose leaves are trained themselves."""
+    """A stack of adapters with several seeds; the stacked leaves are the trained tensors."""
     each = [trial.init(model, device, seed) for seed in range(adapters)]
     return {
         key: leaf.detach().requires_grad_(each[0][key].requires_grad)
@@ -156,7 +156,7 @@ def trained_stack(
 def alternately(
     functions: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2
 ) -> dict[str, float]:
-    """The median seconds of each function, called in turn, after some rounds of warming up."""
+    """The median seconds of each function, called alternately after some warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(warmups + repeats):
         for name, function in functions.items():
@@ -175,7 +175,7 @@ def _synchronise() -> None:
 
 
 def peak_of(forward: Callable[[], Any], step: Callable[[], Any], repeats: int = 3) -> Row:
-    """What steps need at their peak above a forward pass without gradients, MiB, and seconds."""
+    """Peak memory of steps (MiB above a forward pass without gradients) and median seconds."""
     _forget_peak()
     with torch.no_grad():
         forward()
@@ -196,7 +196,7 @@ def _peak() -> float:
 
 
 def _forget_peak() -> None:
-    """Leave the start out of the peak, which on other systems than Linux cannot be told."""
+    """Reset the peak memory counter; the CPU counter can only be reset on Linux."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif (resets := Path("/proc/self/clear_refs")).exists():
@@ -204,7 +204,7 @@ def _forget_peak() -> None:
 
 
 def in_processes(file: str, choices: Sequence[Any]) -> list[Row]:
-    """Run a benchmark's file once for each choice, with the arguments given; it prints its row."""
+    """Run a benchmark file in one process per choice; each process prints its row."""
 
     def run(choice: Any) -> Row:
         command = [sys.executable, file, *sys.argv[1:], "--only", json.dumps(choice)]
@@ -215,7 +215,7 @@ def in_processes(file: str, choices: Sequence[Any]) -> list[Row]:
 
 
 def ratios_to_floor(seconds: Mapping[str, float]) -> Row:
-    """The ratios of our time and PEFT's, if it was taken, to the floor's, and of the two."""
+    """Ratios of lora_func's and PEFT's times to the floor, and to each other; PEFT is optional."""
     row = {"ours / floor": seconds["ours"] / seconds["floor"]}
     if "PEFT" in seconds:
         row["PEFT / floor"] = seconds["PEFT"] / seconds["floor"]
@@ -224,19 +224,19 @@ def ratios_to_floor(seconds: Mapping[str, float]) -> Row:
 
 
 def ratios_to_first(rows: Sequence[Row], *columns: str) -> None:
-    """Add to each row the ratio of its figures to those of the first."""
+    """Add to each row the ratios of its figures to the first row."""
     for row in rows:
         row |= {f"{column} ratio": row[column] / rows[0][column] for column in columns}
 
 
 def report(name: str, rows: Sequence[Row], plotted: Sequence[str], options: Any) -> None:
-    """Print a table; write it as JSON, with the machine and the settings, and plot its ratios.
+    """Print a table, write it as JSON with the machine and the settings, and plot the ratios.
 
     Args:
-        name: Of the files.
-        rows: The first entry of each names it; the others are figures, None where there is none.
-        plotted: The columns that are ratios.
-        options: The settings.
+        name: Name of the files.
+        rows: The first entry is the row's name; the others are figures or None.
+        plotted: The ratio columns to plot.
+        options: The command-line settings.
     """
     columns = [*dict.fromkeys(column for row in rows for column in row)]
     table = Table(box=box.SIMPLE, title=name)

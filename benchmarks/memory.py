@@ -1,9 +1,9 @@
-"""The peak memory of training steps: each variant against PEFT, and a sweep against its size.
+"""The peak memory of training steps: each variant and PEFT, and sweeps of several sizes.
 
     python -m nox -s bench -- memory
 
-Each figure comes from a process of its own: what three steps need at their peak above a forward
-pass without gradients; resident memory on a CPU, what the allocator gave on a GPU.
+Each figure comes from its own process: the peak of three steps minus the peak of a forward pass
+without gradients. It is resident memory on a CPU, and allocated memory on a GPU.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""What a call costs where the model does nothing, and what the import costs.
+"""The overhead of a call and of the import.
 
     python -m nox -s bench -- overhead
 
-The model has many linear layers and calls none of them, so that ``fcall`` parses the adapter, puts
-it in, and takes it out again. The import is timed in new processes, after ``import torch``.
+The model has many linear layers but runs none of them, so ``fcall`` only parses, injects and
+removes the adapter. The import is timed in new processes, after ``import torch``.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ import lora_func as lf
 
 
 class Idle(nn.Module):
-    """A model that does not run its layers."""
+    """A model whose forward pass skips its layers."""
 
     def __init__(self, sites: int) -> None:
         super().__init__()

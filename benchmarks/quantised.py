@@ -1,10 +1,10 @@
-"""What training on a 4-bit base costs: a step of ours and of PEFT's QLoRA, each in a process.
+"""Time and memory of a training step on a 4-bit base: lora_func and PEFT's QLoRA.
 
     python -m nox -s bench -- quantised
 
-A Qwen3-shaped model is quantised to nf4 with double quantisation; each process loads it, and trains
-a LoRA of rank 8 on all its linear layers with AdamW. Memory is what a process needs at its peak
-above what it needed after a forward pass without gradients.
+A Qwen3-shaped model is quantised to nf4 with double quantisation. Each process loads it and trains
+a LoRA of rank 8 on all linear layers with AdamW. Memory is the peak minus the peak after a forward
+pass without gradients.
 """
 
 import json
@@ -21,7 +21,7 @@ WAYS = ("PEFT", "lora_func")
 
 
 def quantise(width: int, layers: int, folder: str) -> None:
-    """Write a quantised model, so that no process that is measured ever holds a dense one."""
+    """Save a quantised model, so that the measured processes never load the dense model."""
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )

@@ -1,9 +1,9 @@
-"""All benchmarks, one after another, each in a process of its own.
+"""Run all benchmarks in sequence, each in its own process.
 
     python -m nox -s bench
 
-Every benchmark prints a table and writes JSON and a plot into benchmarks/results; at the end the
-tables are printed once more, together.
+Every benchmark prints a table and writes JSON and a plot to benchmarks/results. All tables are
+printed again at the end.
 """
 
 import subprocess

@@ -1,8 +1,8 @@
-"""The time of ``init`` where a weight is decomposed or data is looked at, against PEFT.
+"""The time of ``init`` for variants that decompose weights or read data, compared with PEFT.
 
     python -m nox -s bench -- starts
 
-One square linear layer for each width. EVA sees 4 batches of 1024 rows.
+The model is one square linear layer per width. EVA reads 4 batches of 1024 rows.
 """
 
 import peft
@@ -17,7 +17,7 @@ TRIALS = trials()
 
 
 class Layer(nn.Module):
-    """A model as PEFT wants one: called with names, and asked for its device."""
+    """A model with the interface that PEFT needs: keyword inputs and a ``device``."""
 
     def __init__(self, width: int, device: str) -> None:
         super().__init__()

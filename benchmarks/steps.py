@@ -1,11 +1,11 @@
-"""The time of a training step: each variant against the frozen model alone, and against PEFT.
+"""The time of a training step: each variant relative to the frozen model and to PEFT.
 
     python -m nox -s bench -- steps
     python -m nox -s bench -- steps --compiled 1 --variants lora dora
 
 A step is a forward and a backward pass of a Qwen3-shaped model with adapters on its seven linear
 projections. The floor is the frozen model: its forward pass, and the backward pass down to the
-input of the first layer. The three take turns in one process; the figures are medians.
+input of the first layer. All three run alternately in one process; the figures are medians.
 """
 
 import torch
@@ -30,7 +30,7 @@ TRIALS = trials()
 
 
 def steps_of(name: str, options):
-    """The functions that are timed: the floor, our step, and PEFT's if there is one."""
+    """The timed functions: the floor, lora_func's step, and PEFT's step if it exists."""
     compiled = torch.compile if options.compiled else lambda function: function
     base = qwen3(options.width, options.layers, options.device)
     batch = tokens(options.rows, options.tokens, options.device)
@@ -49,7 +49,7 @@ def steps_of(name: str, options):
 
 
 def measure(name: str, options) -> Row:
-    torch.compiler.reset()  # after too many variants of one model it would compile no more
+    torch.compiler.reset()  # otherwise the recompile limit stops compilation
     functions = steps_of(name, options)
     first = alternately(functions, 1, warmups=0)
     slow = max(first.values()) > 8 * first["floor"]

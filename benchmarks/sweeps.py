@@ -1,10 +1,10 @@
-"""Sweeps: K adapters in one call, against K steps of one adapter each.
+"""Sweeps: K adapters in one call, compared with K steps of one adapter each.
 
     python -m nox -s bench -- sweeps
 
-Adapters train on a Qwen3-shaped model, with one batch of one row for all. ``vcall`` and
-``torch.vmap`` are compared with K steps of ours and of PEFT, one adapter at a time, and with the
-ceiling: one adapter on K rows, which a sweep cannot beat. All take turns in one process.
+All adapters train on a Qwen3-shaped model with the same batch of one row. ``vcall`` and
+``torch.vmap`` are compared with K single-adapter steps of lora_func and of PEFT, and with the
+ceiling: one adapter on K rows, the upper bound for a sweep. All run alternately in one process.
 """
 
 import torch
@@ -42,7 +42,7 @@ def measure(adapters: int, length: int, options) -> Row:
         "ceiling": training_step(params, lambda: lf.fcall(base, params, wide)),
     }
     if adapters * length > options.vmapped:
-        del functions["vmap"]  # it keeps the whole attention matrix of each adapter
+        del functions["vmap"]  # vmap stores the full attention matrix of each adapter
     seconds = alternately(functions, options.repeats)
     together = seconds["vcall"]
     return {

@@ -1,10 +1,10 @@
-"""A hypernetwork: a network that writes the adapter, given a description of the task.
+"""A hypernetwork: a network that computes an adapter from a description of the task.
 
     python examples/hypernetwork.py
 
-The tasks are sine waves, described by amplitude and phase; the frozen base has learnt their mean.
-The hypernetwork gives the leaves of a LoRA for each task of a batch, one call runs the base with
-all of them, each on its own points, and the gradient reaches the hypernetwork.
+Each task is a sine wave, described by amplitude and phase. The frozen base has learnt the mean of
+all waves. The hypernetwork computes the leaves of one LoRA per task. One call runs the base with
+all adapters, each on its own points, and the gradient flows back to the hypernetwork.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 
 
 class Hypernetwork(nn.Module):
-    """Maps descriptions (tasks, 2) to a stack of adapters like a given one."""
+    """Map descriptions (tasks, 2) to a stack of adapters with the shapes of a given adapter."""
 
     def __init__(self, like: lf.Params, width: int = 64) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Hypernetwork(nn.Module):
 
 
 def losses(model: nn.Module, params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """The loss of each task's adapter on its own points, (tasks,)."""
+    """The loss of each adapter on its task's points, (tasks,)."""
     outputs = lf.vcall(model, params, x, batched=True)
     return F.mse_loss(outputs, y, reduction="none").mean((1, 2))
 
@@ -88,7 +88,7 @@ def plot(model: nn.Module, network: Hypernetwork, curve: Sequence[float], path: 
     ):
         right.plot(grid, amplitude * torch.sin(grid + phase), color=color, linestyle=":")
         right.plot(grid, wave, color=color, label=f"amplitude {amplitude:g}, phase {phase:g}")
-    right.set(title="waves as described (dotted), and as the written adapters give them")
+    right.set(title="true waves (dotted) and outputs with the generated adapters")
     right.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--tasks", type=int, default=32, help="in one step")
+    parser.add_argument("--tasks", type=int, default=32, help="tasks per step")
     parser.add_argument("--base-steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("hypernetwork.png"))
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base = F.mse_loss(model(x), y).item()
         written = losses(model, network(description), x, y).mean().item()
     shown = Table(title="loss on 200 new waves", box=box.SIMPLE)
-    for column in ("the frozen base", "with the written adapters"):
+    for column in ("the frozen base", "with the generated adapters"):
         shown.add_column(column, justify="right")
     shown.add_row(f"{base:.3f}", f"{written:.3f}")
     Console(width=max(80, Console().width)).print(shown)

@@ -2,10 +2,10 @@
 
     python examples/influence.py
 
-Some labels are wrong. A LoRA with a head is trained on all; then the influence of each training
-text on the held-out loss, gᵢᵀ (H + λ)⁻¹ g, is computed over the adapter's parameters alone: the
-gradients by ``vmap(grad)``, the product with the Hessian by ``jvp(grad)``, the inverse by conjugate
-gradients. Texts with wrong labels should stand out as those that hurt.
+Some labels are wrong. A LoRA with a head is trained on all texts. The influence of a training text
+on the held-out loss is gᵢᵀ (H + λ)⁻¹ g, over the adapter's parameters only. ``vmap(grad)`` gives
+the gradients, ``jvp(grad)`` the Hessian-vector products, and conjugate gradients the inverse. Texts
+with wrong labels should have the most harmful influence.
 """
 
 import sys
@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 
 def flip(task: Task, share: float, classes: int, seed: int) -> list[Tensor]:
-    """Give a share of the training texts a wrong label; return which, batch by batch."""
+    """Give a share of the training texts a wrong label; return a mask per batch."""
     generator, wrong = torch.Generator().manual_seed(seed), []
     for batch in task.data:
         labels = batch["labels"]
@@ -52,7 +52,7 @@ def train(task: Task, params: lf.Params, epochs: int, seed: int) -> None:
 
 
 class Adapter:
-    """The losses of a trained adapter as functions of one vector of its parameters."""
+    """The losses of a trained adapter as functions of its flattened parameters."""
 
     def __init__(self, task: Task, params: lf.Params) -> None:
         trained, self.constants = lf.partition(params)
@@ -73,7 +73,7 @@ class Adapter:
         return torch.stack([gradient(self.vector, batch) for batch in batches]).mean(0)
 
     def per_text(self, batch: Batch) -> Tensor:
-        """Each text's gradient, (texts, parameters)."""
+        """The gradient of each text, (texts, parameters)."""
 
         def one(row: Batch) -> Tensor:
             single = {key: tensor[None] for key, tensor in row.items()}
@@ -90,7 +90,7 @@ class Adapter:
 
 
 def conjugate_gradients(times: Callable[[Tensor], Tensor], goal: Tensor, steps: int) -> Tensor:
-    """Solve ``times(x) = goal`` for a symmetric map; stop where it curves the wrong way."""
+    """Solve ``times(x) = goal`` for a symmetric map; stop at non-positive curvature."""
     x, residual = torch.zeros_like(goal), goal.clone()
     direction = residual.clone()
     for _ in tqdm(range(steps), desc="inverse Hessian", unit="product"):
@@ -106,7 +106,7 @@ def conjugate_gradients(times: Callable[[Tensor], Tensor], goal: Tensor, steps: 
 
 
 def rank_statistic(scores: Tensor, wrong: Tensor) -> float:
-    """The probability that a wrong label scores above a right one (the area under the curve)."""
+    """The ROC AUC: the probability that a wrong label scores above a right one."""
     above = scores[wrong][:, None] > scores[~wrong][None]
     return above.double().mean().item()
 
@@ -124,12 +124,12 @@ def plot(influence: Tensor, wrong: Tensor, title: str, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and attribute; return the exit status."""
+    """Train and compute influences; return the exit status."""
     small = {"epochs": 2, "packages": 4, "most": 60, "length": 32, "batch_size": 16}
     parser = parser_of(__doc__, "influence.png", **small)
     parser.add_argument("--wrong", type=float, default=0.15, help="share of wrong labels")
-    parser.add_argument("--damping", type=float, default=0.05, help="λ")
-    parser.add_argument("--products", type=int, default=8, help="with the Hessian, at most")
+    parser.add_argument("--damping", type=float, default=0.05, help="damping λ of the Hessian")
+    parser.add_argument("--products", type=int, default=8, help="maximum Hessian-vector products")
     options = parser.parse_args(arguments)
 
     task = classify(options)
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     area = rank_statistic(influence, wrong)
 
     shown = Table(title=task.title, box=box.SIMPLE)
-    for column in ("texts", "wrong labels", "of the most harmful as many", "area under the curve"):
+    for column in ("texts", "wrong labels", "wrong among most harmful", "area under the curve"):
         shown.add_column(column, justify="right")
     worst = influence.argsort(descending=True)[: int(wrong.sum())]
     found = wrong[worst].double().mean()

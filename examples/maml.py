@@ -2,10 +2,10 @@
 
     python examples/maml.py
 
-The tasks are sine waves; the frozen base has learnt their mean. A LoRA is trained such that two
-steps of gradient descent on ten points make it fit a new wave. The outer gradient goes through the
-inner steps, second derivatives and all: ``grad`` of a function that calls ``grad(fcall)``, mapped
-over the tasks of a batch with ``vmap``.
+The tasks are sine waves; the frozen base has learnt their mean. A LoRA is meta-trained so that two
+steps of gradient descent on ten points fit a new wave. The outer gradient passes through the inner
+steps with exact second derivatives: ``grad`` of a function that calls ``grad(fcall)``, mapped over
+the tasks of a batch with ``vmap``.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def loss_of(model: nn.Module, params: lf.Params, x: Tensor, y: Tensor) -> Tensor
 def adapt(
     model: nn.Module, trained: lf.Params, constants: lf.Params, x: Tensor, y: Tensor, **inner
 ) -> lf.Params:
-    """Take inner steps of gradient descent; the result is a function of the start."""
+    """Take inner gradient steps; the result is a differentiable function of the initial leaves."""
 
     def loss(leaves: lf.Params) -> Tensor:
         return loss_of(model, {**leaves, **constants}, x, y)
@@ -50,7 +50,7 @@ def adapt(
 def after_adapting(
     model: nn.Module, trained: lf.Params, constants: lf.Params, tasks: tuple[Tensor, ...], **inner
 ) -> Tensor:
-    """The loss on the second half of each task's points, after steps on the first; (tasks,)."""
+    """The loss on the second half of each task's points, after steps on the first, (tasks,)."""
 
     def of_task(x: Tensor, y: Tensor) -> Tensor:
         half = len(x) // 2
@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--tasks", type=int, default=25, help="in one meta-step")
-    parser.add_argument("--lr", type=float, default=0.02, help="of the inner steps")
+    parser.add_argument("--tasks", type=int, default=25, help="tasks per meta-step")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of the inner steps")
     parser.add_argument("--base-steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("maml.png"))
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(options.seed)
     model = mean_of_sines(options.base_steps, generator)
     cfg = [lf.LoRA(r=8, target_modules="2"), lf.Full(target_parameters=r"^[04]\.")]
-    starts = {name: lf.init(model, cfg, seed=options.seed) for name in ("as made", "meta-learnt")}
+    starts = {name: lf.init(model, cfg, seed=options.seed) for name in ("initial", "meta-learnt")}
     curve = meta_train(model, starts["meta-learnt"], options)
     new = sines(200, 20, generator)
     results = {name: by_steps(model, one, new, options.lr) for name, one in starts.items()}
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console(width=max(80, Console().width)).print(shown)
     plot(model, starts, results, curve, options)
     print(f"curves: {options.plot.resolve()}")
-    return int(not results["meta-learnt"][2] < results["as made"][2])
+    return int(not results["meta-learnt"][2] < results["initial"][2])
 
 
 if __name__ == "__main__":

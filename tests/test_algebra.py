@@ -1,4 +1,4 @@
-"""to_lora: the nearest LoRA; combine: weighted sums, exact or refused."""
+"""to_lora gives the nearest LoRA; combine gives an exact weighted sum or an error."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 @EACH_VARIANT
 def test_of_full_rank_it_is_the_adapter(case):
-    """On Qwen3, which has no biases; variants that give it some are refused."""
+    """Qwen3 has no biases; variants that add a bias raise an error."""
     model = make("qwen3", torch.float64).requires_grad_(False)
     if case.bias is True:
         pytest.skip("wants a bias")
@@ -55,7 +55,7 @@ def test_it_is_the_best_of_its_rank():
 
 
 def test_rounding_is_no_change():
-    """HRA starts as the base but for rounding."""
+    """HRA equals the base at initialization up to rounding."""
     model = make("qwen3").requires_grad_(False)
     found = lf.to_lora(lf.init(model, lf.HRA(r=8)), model, 1)
     assert set(found.errors.values()) == {0.0}
@@ -83,7 +83,7 @@ def test_of_experts_convolutions_and_embeddings(name):
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_of_trained_weights(family):
-    """A difference that has been trained becomes a LoRA if that is asked for."""
+    """``trained=True`` also converts fully trained weights to a LoRA."""
     model = make(family).requires_grad_(False)
     attention = "q_proj" if family == "qwen3" else r"c_attn\.weight"
     cfg = lf.Full(target_parameters=f"{attention}|norm|ln_")
@@ -136,7 +136,7 @@ def test_one_of_weight_one_is_itself(case):
 
 
 def change(model, params):
-    """What an adapter adds to every parameter."""
+    """The difference between every merged and frozen parameter."""
     merged, own = lf.merge(model, params), model.state_dict()
     return {key: merged[key] - own[key] for key in own}
 

@@ -1,4 +1,4 @@
-"""The shape of the package: imports, faces, private names, short files, a light import."""
+"""Package structure: import order, public faces, private names, file length, light import."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ ORDER = (
 
 
 def package_of(name):
-    """The part of a module's name that ``ORDER`` lists: "" is the root."""
+    """The part of a module's name that ``ORDER`` lists; the root is ``__init__``."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
@@ -80,7 +80,7 @@ def own_names(tree):
 
 
 def private_names(file):
-    """The private names that a file uses of other libraries."""
+    """The private names of other libraries that a file uses."""
     tree = ast.parse(file.read_text())
     own = {*own_names(tree)}
     for node in ast.walk(tree):
@@ -99,7 +99,7 @@ def test_private_names_of_other_libraries_stand_in_compat_alone():
 
 def test_no_variant_is_named_outside_its_file():
     names = {variant.name for variant in variants.all_variants()}
-    general = re.compile(r"full|lora")  # the head of every key, and the package's own name
+    general = re.compile(r"full|lora")  # allowed: "full" for trained heads, "lora" as the default
     folders = ["lora_func/peft", "lora_func/adapter", "lora_func/files", "lora_func/export"]
     folders += ["lora_func/runtime", "lora_func/sweep", "benchmarks", "examples"]
     for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):

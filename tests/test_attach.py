@@ -1,4 +1,4 @@
-"""attach: the same numbers from real parameters, for trainers; and nothing left behind."""
+"""attach: results equal fcall, leaves are registered parameters, removal restores the model."""
 
 import copy
 
@@ -18,19 +18,19 @@ from tests.support.snapshots import snapshot
 
 
 def assert_same(before, model):
-    """But for the versions of parameters, which torch counts up as it registers them."""
+    """Ignores version counters, because torch increments them when it registers a parameter."""
     assert_same_bits(before, model, versions=False)
 
 
 def new_bias(case, family):
-    """Whether it gives layers of this family a bias that they had not."""
+    """True if the case adds a bias to layers of this family that have none."""
     return case.name in ("ssteer-ablate", "bitfit-new") and family == "qwen3"
 
 
 @each_pair(lambda case: case.has_weight)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_of_every_variant(case, family, dtype):
-    """The call with, inside and without an adapter, attached and merged: one number."""
+    """The loss is the same from fcall, an attached adapter and a merged model."""
     model, params, batch = moved(case, family, dtype)
     expected, before = lf.fcall(model, params, batch), snapshot(model)
     trained = [*lf.partition(params)[0].values()]
@@ -62,7 +62,7 @@ def test_of_every_family(family):
     model, batch = family.make(), family.batch()
     params, before = family.adapter(model), snapshot(model)
     with lf.attach(model, params):
-        # fcall of no adapter, for the loss
+        # fcall with an empty adapter, to apply loss_fn
         close(
             lf.fcall(model, {}, batch, loss_fn=family.loss_fn),
             lf.fcall(family.make(), params, batch, loss_fn=family.loss_fn),
@@ -84,7 +84,7 @@ def test_merging_in_place(family):
     for key, tensor in model.state_dict().items():
         close(tensor, state[key])
     close(model(**batch).loss, expected)
-    handle.remove()  # once more is nothing
+    handle.remove()  # a second call does nothing
     with pytest.raises(ValueError, match="merge: the adapter has been removed"):
         handle.remove(merge=True)
 
@@ -126,7 +126,7 @@ def test_the_base_is_frozen_meanwhile():
 
 
 def test_two_adapters_of_one_tied_parameter():
-    """One everywhere, one at one of its places: it runs, and no state dict has names for both."""
+    """One adapts the parameter, one adapts one user of it: calls work, merging raises an error."""
     model, ids = TiedTwice().requires_grad_(False), torch.arange(3)
     cfg = lf.LoRA(r=2, target_modules="head", target_parameters=r"^embed\.weight")
     params = scramble(lf.init(model, cfg))

@@ -1,4 +1,4 @@
-"""The grammar of axes: alternatives, products, quotients, and errors that name the leaf."""
+"""Axis specifications: alternatives, products, quotients, and errors that name the leaf."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The calibration pass: what variants get to see, and that nothing stays behind."""
+"""The calibration pass: which tensors a variant receives, and that the model is unchanged."""
 
 import gc
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tests.support.models import batch_for, make
 
 @dataclass(frozen=True, kw_only=True)
 class Look(lf.LinearConfig):
-    """A variant that keeps what it is shown, as nobody should."""
+    """A test variant that stores every tensor it observes."""
 
     kind: str = "inputs"
 
@@ -82,11 +82,11 @@ def test_data_may_be_an_iterator_of_any_batches():
 def test_sites_that_see_one_tensor_share_the_work_and_the_result():
     model = Mlp()
     lf.init(model, Look(), data=[torch.randn(3, 4), torch.randn(3, 4)])
-    assert len(SEEN) == 2 * 2  # up and side together, down
+    assert len(SEEN) == 2 * 2  # up and side share one tensor, down has its own
     SEEN.clear()
-    cfg = Look(target_modules=["all-linear"])  # a list, which has no hash
+    cfg = Look(target_modules=["all-linear"])  # a list is unhashable
     lf.init(make("qwen3"), cfg, data=[batch_for(make("qwen3"))])
-    assert len(SEEN) == 2 * 4  # q k v, o, gate up, down
+    assert len(SEEN) == 2 * 4  # four groups: q k v, o, gate up, down
 
 
 def test_sites_that_part_ways_keep_their_own_statistics():

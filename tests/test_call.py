@@ -1,4 +1,4 @@
-"""fcall and adapted: what they return, what they refuse, and that the model is what it was."""
+"""fcall and adapted: results, errors, and that the model is unchanged afterwards."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ def mlp():
 
 
 class Watched(nn.Module):
-    """A model that calls back in the middle of its forward pass."""
+    """A model that runs a callback in the middle of its forward pass."""
 
     def __init__(self, callback):
         super().__init__()
@@ -193,7 +193,7 @@ def test_kinds_of_result():
         (3, 2),
         True,
     )
-    # what the caller asked for goes before what the model offers
+    # the caller's loss_fn takes precedence over the model's loss
     assert result(with_loss, lambda output, batch: output.logits).shape == (3, 2)
 
 
@@ -226,7 +226,7 @@ def test_a_leaf_without_a_part_in_the_call_is_an_error():
 
 
 def test_parameters_that_others_read_are_trained_too():
-    """By a hook, by another module, by a parent that reads past its child's forward."""
+    """A hook, another module or the parent module may read the parameter directly."""
 
     class Reads(nn.Module):
         def __init__(self):
@@ -276,7 +276,7 @@ def test_torchs_own_transformer_layers_take_no_shortcut(train):
     expected = merged(model, params).train()(**batch)
     torch.testing.assert_close(lf.fcall(model, params, batch), expected)
     assert torch.backends.mha.get_fastpath_enabled()
-    # attention reads this layer's weight without calling it
+    # attention reads this layer's weight without calling the layer
     params = adapter(model, r=2, target_modules="out_proj")
     expected = merged(model, params).train()(**batch)
     torch.testing.assert_close(lf.fcall(model, params, batch), expected)
@@ -446,7 +446,7 @@ def test_functions_of_the_adapter_are_pure():
 
 
 def test_leaves_need_not_be_leaves():
-    """Leaves may come out of any computation, a hypernetwork say; gradients reach it."""
+    """A leaf may be computed, for example by a hypernetwork; gradients flow through it."""
     model, x = mlp(), torch.randn(3, 4)
     knob = torch.tensor(0.5, requires_grad=True)
     params = {key: leaf.detach() for key, leaf in adapter(model, r=2).items()}
@@ -455,7 +455,7 @@ def test_leaves_need_not_be_leaves():
 
 
 class Autoencoder(nn.Module):
-    """Calls a layer, and reads its weight."""
+    """Calls a layer and also reads its weight."""
 
     def __init__(self, layer, read):
         super().__init__()
@@ -586,7 +586,7 @@ def test_a_copy_made_inside_a_call_is_plain():
 
 
 class Remembers(nn.Module):
-    """Keeps what it computed, as a buffer and as an attribute."""
+    """Stores its output as a buffer and as an attribute."""
 
     def __init__(self):
         super().__init__()
@@ -682,7 +682,7 @@ def test_settings_of_torch_survive_interrupts():
 
     def run():
         lf.fcall(model, params, x)
-        with patched([(_math_attention, object(), True)]):  # as under vmap and jvp
+        with patched([(_math_attention, object(), True)]):  # as vmap and jvp do
             pass
 
     run()

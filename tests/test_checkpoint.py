@@ -1,4 +1,4 @@
-"""Activation checkpointing: the gradients of the plain run, under every transform."""
+"""Activation checkpointing: gradients equal the plain run, under every transform."""
 
 import copy
 from functools import partial
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Blocks, recomputed in one of the ways in which people write it."""
+    """Blocks that are checkpointed in one of several common styles."""
 
     def __init__(self, how, dropout=0.0):
         super().__init__()
@@ -115,7 +115,7 @@ def again(function, *args):
     return checkpoint(function, *args, use_reentrant=False)
 
 
-# what a checkpointed function may depend on beside its arguments, and what it may give
+# hidden inputs and unusual arguments or results of a checkpointed function
 HIDDEN = {
     "a default": lambda run, block, x: (lambda c: run(lambda y, c=c: torch.tanh(block(y)) * c, x))(
         block(x)
@@ -169,7 +169,7 @@ def test_torchs_checkpoint_under_transforms(how):
 
 
 def assert_transforms_agree(model, without, adapter, batch):
-    """Every transform of a call that recomputes, against those of one that does not."""
+    """Compare every transform with and without checkpointing."""
     adapters = [{k: v.detach() for k, v in adapter(model, seed).items()} for seed in range(2)]
     stacked = lf.stack(adapters)
     trained, constants = lf.partition(adapters[0])
@@ -249,7 +249,7 @@ def test_parameters_that_are_replaced_everywhere(family):
 
 
 def test_as_many_rows_as_ranks():
-    """Where the parts of an effective weight could pass for activations."""
+    """With these shapes, the factors of an effective weight look like activations."""
     x = torch.randn(8, 8)
     cfg = lf.LoRA(r=8, target_modules=(), target_parameters=r"up\.weight|down\.weight")
     model, without = own_model(WAYS["module"]), own_model(once)

@@ -1,4 +1,4 @@
-"""python -m lora_func: what it prints, and that its errors are one line and the status 2."""
+"""python -m lora_func: output, one-line error messages, exit status 2."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model in a folder, and three adapters of it."""
+    """A saved model and adapter files for it."""
     folder = tmp_path_factory.mktemp("files")
     model = make("qwen3").requires_grad_(False)
     model.save_pretrained(folder / "model")

@@ -1,4 +1,4 @@
-"""A canary for each private name of torch, transformers, accelerate and bitsandbytes."""
+"""One test for each private name of torch, transformers, accelerate and bitsandbytes."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""torch.compile: one graph for all adapters of the same shapes, equal to eager."""
+"""torch.compile: adapters of equal shapes use one graph, and results equal eager mode."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_one_graph_for_all_adapters_under_inductor(function, stacked):
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_vcall_of_other_models(family):
-    """The compiler takes torch's CrossEntropyLoss, as BERT has it, for one operation."""
+    """The compiler treats BERT's ``CrossEntropyLoss`` as one operation, so vcall raises."""
     model = make(family).requires_grad_(False)
     inputs, batch = [lf.stack(adapters(model, seed)) for seed in (0, 7)], batch_for(model)
     if family == "gpt2":

@@ -1,4 +1,4 @@
-"""Configs are values: frozen all through, hashable, and kept as they were given."""
+"""Configs are values: deeply frozen, hashable, and stored as given."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Every block of Python in README and docs runs, top to bottom, one after another in each file."""
+"""The Python blocks of each page in README and docs run in order, as one program."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ def blocks(page):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
 def test_the_code_runs(page, tmp_path):
-    # the one line of README's head is the face of the library, not a program
+    # the one-liner at the top of README is an illustration
     code = [block for block in blocks(page) if not block.startswith("params = init(")]
     program = tmp_path / "page.py"
     program.write_text(

@@ -1,4 +1,4 @@
-"""Convolutions, embeddings, stacked experts, attention's own weights, tied ones: matrices all."""
+"""Effective weights: convolutions, embeddings, stacked experts, attention, tied weights."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tests.support.models import TiedTwice, scramble
 
 
 class Experts(nn.Module):
-    """Stacked expert weights, in both of the layouts that transformers' models have."""
+    """Stacked expert weights, in the two layouts that transformers uses."""
 
     def __init__(self, is_transposed=False):
         super().__init__()
@@ -105,7 +105,7 @@ def as_matrix(name, model, weight):
 
 
 def with_new_weights(model, params, name):
-    """The model's parameters, with W' and b' put where W and b were, one matrix after another."""
+    """The model's parameters with W and b replaced by W' and b', matrix by matrix."""
     parameters = dict(model.named_parameters())
     weight = parameters[name]
     W = as_matrix(name, model, weight)
@@ -152,7 +152,7 @@ def test_the_adapted_module_runs_with_the_adapted_weight(case, place):
     params = adapter(case, place)
     frozen = model(x)
     if case.start == "exact":
-        with torch.no_grad():  # for weights that require grad torch picks other kernels
+        with torch.no_grad():  # torch uses other kernels for weights that require grad
             assert torch.equal(lf.fcall(model, params, x), frozen)
     params = scramble(params)
     y = lf.fcall(model, params, x)
@@ -255,7 +255,7 @@ def test_the_base_gets_gradients_in_adapted_and_none_in_fcall():
 
 
 class Scaled(nn.Embedding):
-    """As in Gemma, whose embedding reads its weight for more than its rows."""
+    """Like Gemma's embedding, which also reads the dtype of its weight."""
 
     def forward(self, ids):
         return super().forward(ids) * torch.tensor(3.0).to(self.weight.dtype)

@@ -1,4 +1,4 @@
-"""A few entries beside a frozen layer: the numbers of the dense form, and none of its matrices."""
+"""Sparse entries added to a frozen layer: equal to the dense form, no dense matrix in memory."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ WIDE = 50
 
 
 def dense_form(x, W, values, indices):
-    """With the matrix D, built entry by entry."""
+    """The reference, with the dense matrix D."""
     index = indices.unbind(-2)
     if values.ndim == 2:
         index = (torch.arange(len(values))[:, None], *index)
@@ -26,7 +26,7 @@ def dense_form(x, W, values, indices):
 
 
 def entries(g, shape, adapters):
-    """Half of a matrix's places, in no order."""
+    """The indices of half of a matrix's entries, in random order."""
     d_out, d_in = shape
     flat = torch.stack(
         [torch.randperm(d_out * d_in, generator=g) for _ in range(max(adapters, 1))]
@@ -81,7 +81,7 @@ def test_a_stack_builds_no_matrix_and_one_adapter_keeps_none():
     adapters = [lf.init(layer, lf.SHiRA(r=1), seed=seed) for seed in range(3)]
     stack = lf.stack(adapters)
     x = torch.randn(2, WIDE)
-    lf.vcall(layer, stack, x)  # its check calls every adapter alone
+    lf.vcall(layer, stack, x)  # the first vcall also runs each adapter alone as a check
     with Made(layer.weight) as made:
         lf.vcall(layer, stack, x, loss_fn=lambda y, _: y.square().mean()).sum().backward()
     assert max(made.sizes) < WIDE * WIDE

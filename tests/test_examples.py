@@ -1,4 +1,4 @@
-"""Every example in a small mode, on tiny models."""
+"""Every example runs with small settings on tiny models."""
 
 import hypernetwork
 import influence

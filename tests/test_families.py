@@ -1,4 +1,4 @@
-"""Every architecture: loss, autograd, and the transforms of torch.func, each against the loop."""
+"""Every architecture: loss, autograd and torch.func transforms, each compared with the loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Making adapters: keys, seeds, dtypes, several configs, and what is refused."""
+"""init: keys, seeds, dtypes, several configs, and errors."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ def test_keys_dtypes_and_what_requires_grad():
     trained, constants = lf.partition(params)
     assert all(leaf.dtype == torch.bfloat16 and leaf.requires_grad for leaf in trained.values())
     assert all(leaf.is_leaf for leaf in params.values())
-    # a scale is never rounded to half precision
+    # a scale stays in float32
     assert all(c.dtype == torch.float32 and not c.requires_grad for c in constants.values())
     torch.optim.AdamW(params.values())
 
@@ -38,7 +38,7 @@ def test_seeds():
 
 
 def test_the_same_numbers_for_ever():
-    """The hash, the generator and the distribution are part of the format: a seed names weights."""
+    """A seed always gives the same weights: hash, generator and distribution are fixed."""
     A = lf.init(nn.Sequential(nn.Linear(3, 3)), lf.LoRA(r=1), seed=7)["0.lora.A"]
     torch.testing.assert_close(A.detach(), torch.tensor([[0.4762995, 0.1214368, -0.1809874]]))
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_adapted_is_refused():
 
 @dataclass(frozen=True, kw_only=True)
 class Shared(lf.LinearConfig):
-    """A variant with a projection that all sites share, an integer constant, and VeRA's shape."""
+    """A variant like VeRA: a projection shared by all sites, and an integer constant."""
 
 
 def _shared_variant():

@@ -1,4 +1,4 @@
-"""Files: the dict comes back bit for bit, or an error says why it cannot."""
+"""Files: load returns the saved dict bit for bit, or raises an error with the reason."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_on_a_quantised_base(kind, tmp_path):
     model, path = make_quantised("qwen3", kind), tmp_path / "a.safetensors"
     params = scramble(lf.init(model, lf.DoRA(r=2)))
     lf.save(params, path, model=model)
-    model(**batch_for(model))  # after which an 8-bit layer keeps its codes elsewhere
+    model(**batch_for(model))  # an 8-bit layer moves its codes at the first call
     assert_identical(lf.load(path, model=model), params)
     with pytest.raises(lf.AdapterFileError, match=r"down_proj\.weight: float32 .*, in the file"):
         lf.load(path, model=make("qwen3"))
@@ -181,7 +181,7 @@ def test_leaves_that_do_not_make_up_the_weight(cfg, shapes, adapters, tmp_path):
 
 
 class Switch(lf.LinearConfig):
-    """Its variant looks at a number, and cannot be tried by shapes alone."""
+    """Its variant branches on a value, so shapes alone cannot verify its leaves."""
 
 
 def _start(W, cfg, generator, stats):
@@ -269,7 +269,7 @@ def test_where_files_lie(tmp_path):
 
 
 def test_dying_leaves_the_old_file_or_the_new(tmp_path):
-    """The process is killed after each call that the system sees, in turn."""
+    """The process is killed before and after each ``os.fsync`` and ``os.replace``."""
     program = """
 import os, sys, torch, lora_func as lf
 path, when = sys.argv[1], int(sys.argv[2])
@@ -329,7 +329,7 @@ def good(tmp_path_factory):
 
 
 def test_every_truncation_is_refused(good, tmp_path):
-    """At every byte of the header, and at many of the tensors."""
+    """Truncation at every byte of the header, and at many bytes of the tensors."""
     header = 8 + struct.unpack("<Q", good[:8])[0]
     path = tmp_path / "a.safetensors"
     for end in [*range(header + 1), *range(header, len(good), 7)]:
@@ -342,7 +342,7 @@ def test_every_truncation_is_refused(good, tmp_path):
 
 
 def test_every_flipped_bit_is_noticed(good, tmp_path):
-    """But where JSON means the same: white space, or the case of an escape."""
+    """A flip is harmless where the JSON stays equal: white space, or the case of an escape."""
     path, rng = tmp_path / "a.safetensors", random.Random(0)
     expected = load(good, path)
     for place in rng.sample(range(8 * len(good)), 600):
@@ -404,7 +404,7 @@ def test_other_facts(tmp_path):
 
 
 def test_contents_that_are_no_adapter(tmp_path):
-    """Whole files, whose leaves are not what their variants say."""
+    """Complete files with leaves that do not match their variants."""
     path, params = tmp_path / "a", {k: leaf.detach() for k, leaf in lora().items()}
     for changed, message in [
         ({}, "params: got no leaf"),
@@ -419,7 +419,7 @@ def test_contents_that_are_no_adapter(tmp_path):
 
 
 def training(model, params, optimizer, scheduler, steps):
-    """With randomness of every kind that is kept."""
+    """Train with every random generator that a training state saves."""
     for _ in range(steps):
         optimizer.zero_grad()
         batch = batch_for(model, seed=random.randrange(100))
@@ -448,7 +448,7 @@ def optimizer_of(params, kind):
     ids=["AdamW", "SGD", "a tensor for lr"],
 )
 def test_training_goes_on_bit_for_bit(tmp_path, kind):
-    """Ten steps are five, a file, and five; of one adapter and of a sweep."""
+    """Ten steps equal five steps, save, load and five steps."""
     model = make("qwen3", attention_dropout=0.1).requires_grad_(False).train()
 
     def begun():
@@ -479,7 +479,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, kind):
 
 
 def test_schedules_come_back(tmp_path):
-    """MultiStepLR has numbers for keys, which JSON has not."""
+    """MultiStepLR has integer keys; JSON keys are strings."""
     params = lora()
 
     def begun():

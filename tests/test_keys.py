@@ -1,4 +1,4 @@
-"""The grammar of keys."""
+"""The format of keys."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every law on every case, in float64 unless the law says otherwise."""
+"""Every law on every case, in float64 by default."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def close(a, b):
 
 
 def output(layer):
-    """A scalar that every trained leaf can move, as a function of the trained leaves."""
+    """A scalar function of the trained leaves that depends on every leaf."""
     weights = torch.linspace(-1, 2, layer.apply().numel(), dtype=torch.float64)
     return lambda leaves: (layer.apply(leaves).flatten() * weights).sum()
 
@@ -42,7 +42,7 @@ def output(layer):
 @EACH_START
 @given(data=st.data(), dtype=st.sampled_from(FLOATS), leaf_dtype=st.sampled_from(FLOATS))
 def test_the_start_is_the_frozen_layer_bit_for_bit(case, data, dtype, leaf_dtype):
-    if not case.is_adapter:  # a copy is exact where its dtype holds the parameter's
+    if not case.is_adapter:  # a copy is exact if its dtype is at least as wide
         leaf_dtype = torch.promote_types(dtype, leaf_dtype)
     layer = data.draw(layers(case, dtype=dtype, leaf_dtype=leaf_dtype))
     y, frozen = layer.apply(), layer.module(layer.x)
@@ -147,7 +147,7 @@ def test_vmap_over_a_stack_equals_the_loop(case, d_in, d_out, seed, adapters):
 @EACH_CASE
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_a_stack_is_refused_where_one_adapter_is_wanted(case, adapters):
-    """Its axis might pass for that of the batch."""
+    """The stack axis could be mistaken for the batch axis."""
     layer = make_layer(case, d_in=4, d_out=4, r=1)
     _, stacked = scrambled_stack(layer, adapters, seed=0)
     x = torch.randn(adapters, 3, layer.W.shape[1], dtype=torch.float64)
@@ -198,7 +198,7 @@ def test_gradients_equal_those_of_the_weight_view(case, data):
 
 @EACH_START
 def test_one_step_of_adam_moves_the_layer_as_far_as_its_learning_rate(case):
-    """No variant jumps; DeLoRA from B = 0 does, once B is longer than its floor of 1e-4."""
+    """DeLoRA is the exception: from B = 0 it jumps once the norm of B exceeds 1e-4."""
     layer = make_layer(case)
     large = 1e-2 if case.jumps else 1e-4
 
@@ -239,7 +239,7 @@ def test_the_layer_is_affine_in_x(case, data, share):
 
 
 class Sizes(TorchDispatchMode):
-    """Notes how many elements each new tensor has; views of old ones are none."""
+    """Records the number of elements of the largest new tensor; views are not counted."""
 
     def __init__(self):
         super().__init__()
@@ -256,7 +256,7 @@ class Sizes(TorchDispatchMode):
 
 @EACH_CASE
 def test_no_matrix_of_the_size_of_the_weight_is_built(case):
-    """Except by variants that say so."""
+    """Only variants with ``builds_dense`` build one."""
     layer = make_layer(case, d_in=40, d_out=40, scrambled=True)
     with Sizes() as sizes:
         layer.apply()
@@ -331,7 +331,7 @@ def test_unstack_undoes_stack(case, d_in, d_out, seed, adapters):
 
 
 def trained(params, loss, steps=4):
-    """A copy, after some steps of AdamW on one parameter group."""
+    """A copy of the leaves after some AdamW steps with one parameter group."""
     leaves = {key: leaf.detach().clone() for key, leaf in params.items()}
     moving = [leaf.requires_grad_() for leaf in lf.partition(leaves)[0].values()]
     optimizer = torch.optim.AdamW(moving, lr=1e-2, weight_decay=0.1)

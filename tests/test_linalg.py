@@ -1,4 +1,4 @@
-"""Shared mathematics against dense matrices."""
+"""Shared linear algebra, compared with dense matrices."""
 
 import torch
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""merge: the state dict of a model that does without the adapter what it did with it."""
+"""merge: a model with the merged state dict equals the model with the adapter."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.support.snapshots import assert_same, snapshot
 
 
 def loaded(model, state):
-    """A copy of the model, untied, with this state, which it takes strictly."""
+    """An untied copy of the model that loads this state dict strictly."""
     model = copy.deepcopy(model)
     for path, module in model.named_modules():
         for name, parameter in [*module._parameters.items()]:
@@ -85,8 +85,8 @@ def test_extra_state_comes_along():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["qwen3", "bert"])
 def test_of_a_quantised_base(kind, family):
-    """Floating-point weights for the dense model, of the layers without an adapter too."""
-    model = make_quantised(family, kind).train()  # where 8-bit layers do not round their inputs
+    """All layers get floating-point weights, also the layers without an adapter."""
+    model = make_quantised(family, kind).train()  # in training mode 8-bit layers keep exact inputs
     before, batch = snapshot(model), batch_for(model)
     params = scramble(lf.init(model, lf.DoRA(r=2, target_modules=r"q_proj|query|down_proj")))
     state = lf.merge(model, params)
@@ -113,7 +113,7 @@ def test_tied_weights():
         state = lf.merge(model, both)
         assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
         close(loaded(model, state)(**batch).loss, lf.fcall(model, both, batch))
-    # without an adapter on it, one tensor stays one tensor
+    # a tied tensor without an adapter stays tied
     state = lf.merge(model, lf.init(model, lf.LoRA(r=2)))
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
 

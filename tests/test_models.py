@@ -1,4 +1,4 @@
-"""fcall on Hugging Face models: equal to the merged model and to PEFT, under every transform."""
+"""fcall on Hugging Face models equals the merged model and PEFT, under every transform."""
 
 import copy
 

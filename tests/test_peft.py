@@ -1,4 +1,4 @@
-"""PEFT's checkpoints: what PEFT loads from ours is what we compute, and the other way round."""
+"""PEFT checkpoints: export and import in both directions give equal outputs."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ EACH_PAIR = pytest.mark.parametrize(("name", "family"), PAIRS)
 
 
 def loaded(folder, family, **settings):
-    """What PEFT makes of a folder, on a fresh base."""
+    """PEFT's model from a checkpoint folder, on a fresh base."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(make(family, **settings), folder).eval()
@@ -49,7 +49,7 @@ def close(a, b):
 
 
 def small(params):
-    """Leaves near their start, where no variant overflows."""
+    """Leaves close to their initial values, to avoid overflow."""
     trained, constants = lf.partition(params)
     generator = torch.Generator().manual_seed(0)
     moved = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in trained.items()}
@@ -108,7 +108,7 @@ PEFT = {
 
 
 def saved_by_peft(config, folder, **settings):
-    """PEFT's own model, whose adapter has moved, and a checkpoint of it."""
+    """A PEFT model with perturbed adapter weights, saved as a checkpoint."""
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,7 +137,7 @@ def test_we_load_pefts(name, tmp_path):
 
 
 def test_patterns_of_ours(tmp_path):
-    """Each site has a rank and a scale of its own."""
+    """Each site has its own rank and scale."""
     model = make("qwen3").requires_grad_(False)
     cfg = lf.LoRA(r=3, alpha=7, rank_pattern={"q_proj": 1, "up": 5}, alpha_pattern={"v_proj": 2})
     params, batch = scramble(lf.init(model, cfg)), batch_for(model)
@@ -158,7 +158,7 @@ def test_trained_modules_beside(family, tmp_path):
 
 
 def test_an_embedding_of_another_base(tmp_path):
-    """PEFT writes the weight of an adapted embedding beside the adapter."""
+    """PEFT saves the weight of an adapted embedding together with the adapter."""
     saved_by_peft(PEFT["embedding"], tmp_path)
     model = make("qwen3").requires_grad_(False)
     model.model.embed_tokens.weight[3, 3] += 1
@@ -167,7 +167,7 @@ def test_an_embedding_of_another_base(tmp_path):
 
 
 def test_names_with_and_without_the_base(tmp_path):
-    """An adapter of a model with a head, read for its base, and the other way round."""
+    """An adapter saved with the head model loads into its base model, and vice versa."""
     model = make("qwen3").requires_grad_(False)
     cfg = lf.LoRA(r=2, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 20})
     params = scramble(lf.init(model, cfg))
@@ -182,7 +182,7 @@ def test_names_with_and_without_the_base(tmp_path):
 
 
 def test_settings_that_a_config_leaves_out(tmp_path):
-    """They are what PEFT takes for them."""
+    """Missing settings get PEFT's defaults."""
     model = make("qwen3").requires_grad_(False)
     batch = batch_for(model)
     for cfg, names in {
@@ -204,7 +204,7 @@ TIED = {"tie_word_embeddings": True}
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 def test_trained_parameters_that_are_tied(name, tmp_path):
-    """PEFT keeps a copy at each place, and trains them apart; ours is one."""
+    """PEFT trains a separate copy at each place; lora_func trains one shared parameter."""
     model = make("qwen3", **TIED).requires_grad_(False)
     cfg = [lf.LoRA(r=2, target_modules="q_proj"), lf.Full(target_parameters="embed_tokens")]
     params, batch = scramble(lf.init(model, cfg)), batch_for(model)
@@ -220,7 +220,7 @@ def test_trained_parameters_that_are_tied(name, tmp_path):
 
 
 class Score(nn.Module):
-    """A head with one output, and names that end alike."""
+    """A head with one output, and two names with the same suffix."""
 
     def __init__(self):
         super().__init__()
@@ -271,7 +271,7 @@ def test_half_a_checkpoint_is_none(tmp_path, monkeypatch):
 
 
 class Ambiguous(nn.Module):
-    """One layer's path is the end of another's."""
+    """One layer's path is a suffix of another layer's path."""
 
     def __init__(self):
         super().__init__()

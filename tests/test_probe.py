@@ -1,4 +1,4 @@
-"""The probe in a small mode, on a tiny model that lies in a folder."""
+"""The probe with small settings, on a tiny model saved in a folder."""
 
 import probe
 import pytest
@@ -27,18 +27,18 @@ def test_every_check_passes(tiny, tmp_path, capsys, task, variants):
 
 
 def broken_gradient(monkeypatch):
-    """An adapter that is put in place, and never trained."""
+    """The optimizer does nothing, so the adapter stays untrained."""
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
 
 
 def broken_target(monkeypatch):
-    """A config that reaches one layer too few."""
+    """The config misses the query layers."""
     entry = probe.Entry(lf.LoRA, lf.Trial({"exclude_modules": "query"}))
     monkeypatch.setitem(probe.VARIANTS, "lora", entry)
 
 
 def broken_start(monkeypatch):
-    """A start that is not the base model."""
+    """The initial adapter changes the base model's output."""
     init = lf.init
 
     def shifted(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""A narrow product beside a frozen layer: the same numbers, and no memory of its width."""
+"""Low-rank products added to a frozen layer: equal results, no dense matrix in memory."""
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_the_derivatives_of_cayley_are_those_of_the_solve(blocks, size, seed):
     reverse, forward = torch.func.jacrev, torch.func.jacfwd
     for derivative in (reverse, forward):
         close(derivative(rotation)(upper), reverse(solved)(upper))
-    # torch's own solve has wrong second derivatives of a forward mode
+    # torch.linalg.solve has wrong second derivatives in forward mode
     twice = reverse(reverse(solved))(upper)
     for outer in (reverse, forward):
         for inner in (reverse, forward):
@@ -193,5 +193,5 @@ def test_the_losses_of_a_sweep_make_one_gradient_of_the_logits():
         losses = lf.vcall(model, stacked, batch, loss_fn=loss_fn, check="never")
         with Made() as made:
             losses.sum().backward()
-        # of log_softmax and of the joined rows, not one for each adapter
+        # one for log_softmax and one for the joined rows; none per adapter
         assert made.sizes.count(adapters * 2 * 500) <= 2

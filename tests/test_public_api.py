@@ -1,4 +1,4 @@
-"""The public names: exported, documented, and nothing else."""
+"""Public names: exactly the exported names are documented."""
 
 import inspect
 import pkgutil

@@ -1,4 +1,4 @@
-"""Bases of 4 and 8 bits: every variant, every transform, and bitsandbytes' own numbers."""
+"""4-bit and 8-bit bases: every variant, every transform, and parity with bitsandbytes."""
 
 import bitsandbytes as bnb
 import pytest
@@ -27,7 +27,7 @@ def same(ours, theirs, rtol=1e-4, atol=1e-5):
 
 
 def near(ours, theirs, tolerance):
-    """All leaves as one: a rounding to 8 bits that falls the other way moves a number by 1/127."""
+    """Compare the norm over all leaves; one different 8-bit rounding changes a value by 1/127."""
     error = sum((ours[key] - tensor).square().sum() for key, tensor in theirs.items())
     assert error.sqrt() <= tolerance * sum(t.square().sum() for t in theirs.values()).sqrt()
 
@@ -49,7 +49,7 @@ def layer_of(kind, compute_dtype=torch.float32, bias=True, training=False):
 @pytest.mark.parametrize("rows", [0, 1, 64, 2048])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_layer_is_bitsandbytes_own(kind, training, rows, dtype):
-    """Forward and backward bit for bit; bitsandbytes casts the bias for good, so it runs last."""
+    """Equal bit for bit. bitsandbytes casts the bias permanently, so its forward runs last."""
     layer = layer_of(kind, None, training=training)
     x = torch.randn(rows, 64, dtype=dtype, requires_grad=True)
     before = snapshot(layer)
@@ -62,7 +62,7 @@ def test_a_layer_is_bitsandbytes_own(kind, training, rows, dtype):
     assert torch.equal(ours, theirs)
     if kind.startswith("int8"):
         assert torch.equal(gradient, torch.autograd.grad(theirs, x, slopes)[0])
-    else:  # bitsandbytes dequantises to the dtype of the checkpoint in between
+    else:  # bitsandbytes first dequantises to the dtype of the checkpoint
         same(gradient, torch.autograd.grad(theirs, x, slopes)[0], rtol=2e-2, atol=2e-2)
 
 
@@ -74,7 +74,7 @@ def test_a_layer_is_its_dense_reference(kind, training, rows):
     W = affine(layer)
     reference = nn.functional.linear(x, dense(W), W.bias)
     if kind.startswith("int8") and not training:
-        # each input is rounded to a 127th of the largest of its row
+        # each input is rounded to 1/127 of the largest value in its row
         assert (linear(x, W) - reference).norm() < 0.02 * reference.norm()
         assert not torch.equal(linear(x, W), reference)
     else:
@@ -87,7 +87,7 @@ def test_a_layer_is_its_dense_reference(kind, training, rows):
 @EACH_MODE
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_transforms_of_a_layer(kind, training, bias):
-    """Derivatives are those of the dense layer; 8-bit rounding has none, as in bitsandbytes."""
+    """Gradients equal the dense layer's: 8-bit rounding is the identity (straight-through)."""
     layer = layer_of(kind, bias=bias, training=training)
     W, x, slopes = affine(layer), torch.randn(5, 64), torch.randn(5, 48)
     thread = torch.randn(4, 48)
@@ -130,7 +130,7 @@ def test_transforms_of_a_layer(kind, training, bias):
 
 
 def make_adapter(case, kind, training=False, **settings):
-    """A case's adapter on the family that it fits: on Qwen3, or on BERT where it needs a bias."""
+    """A case's adapter on Qwen3, or on BERT if the case needs a bias."""
     model = make_quantised("bert" if case.bias else "qwen3", kind, **settings).train(training)
     return model, adapter(case, model), batch_for(model)
 
@@ -152,7 +152,7 @@ def test_the_start_is_the_base_model_bit_for_bit(case, kind, training):
 
 
 def assert_gradients(model, params, batch, agree):
-    """By autograd and by torch.func.grad."""
+    """Check the gradients from autograd and from torch.func.grad."""
     found = gradients(model, params, batch)
     agree(found)
     functional = torch.func.grad(lf.fcall, argnums=1)(model, params, batch)
@@ -180,7 +180,7 @@ def test_gradients_are_those_on_the_dequantised_model(case, kind):
 @EACH_VARIANT
 @pytest.mark.parametrize("kind", ["int8", "int8, outliers"])
 def test_8_bit_gradients_are_near_those_on_the_dequantised_model(case, kind):
-    """In training mode on a CPU the inputs are not rounded; else they are, to 1/127 each."""
+    """Inputs are exact in training mode on a CPU; otherwise they are rounded to 1/127."""
     model, params, batch = make_adapter(case, kind)
     params = scramble(params)
     expected = gradients(dequantised(model), params, batch)
@@ -194,7 +194,7 @@ def test_8_bit_gradients_are_near_those_on_the_dequantised_model(case, kind):
 @EACH_VARIANT
 @EACH_KIND
 def test_a_sweep_equals_vmap_equals_solo_runs(case, kind):
-    """Of 8 bits in training mode, in which no rounding can fall the other way."""
+    """8-bit layers run in training mode, where the inputs are not rounded."""
     model, first, batch = make_adapter(case, kind, training=kind.startswith("int8"))
     adapters = [scramble(first), scramble(adapter(case, model, seed=1), seed=1)]
     stacked = lf.stack(adapters)
@@ -213,7 +213,7 @@ def test_a_sweep_equals_vmap_equals_solo_runs(case, kind):
 
 
 def test_layers_without_an_adapter_have_derivatives_too():
-    """bitsandbytes' own fail under grad, and drop tangents unnoticed."""
+    """bitsandbytes' own layers fail under grad and silently drop tangents."""
     model = make_quantised("qwen3", "nf4")
     before, batch = snapshot(model), batch_for(model)
     params = scramble(lf.init(model, lf.LoRA(r=2, target_modules=r"layers\.0\.self_attn\.q_proj")))
@@ -247,7 +247,7 @@ def test_trained_norms_biases_and_heads(kind):
 
 @pytest.mark.parametrize("target", ["all-linear", r"layers\.0\.self_attn\.q_proj"])
 def test_an_adapter_of_an_8_bit_sweep_does_not_see_the_others(target):
-    """LLM.int8 rounds a column by the largest of all rows, in layers without an adapter too."""
+    """LLM.int8 selects outlier columns over all rows, also in layers without an adapter."""
     model = make_quantised("qwen3", "int8, outliers")
     batch, cfg = batch_for(model), lf.LoRA(r=2, target_modules=target)
     adapters = [scramble(lf.init(model, cfg, seed=seed), seed) for seed in range(3)]
@@ -295,7 +295,7 @@ def along(model, params, batch):
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_half_precision(kind, compute_dtype):
-    """A model in bfloat16: the start is the base bit for bit, a sweep is its solo runs."""
+    """In bfloat16 the initial output equals the base bit for bit; a sweep equals solo runs."""
     model = quantised(make("qwen3", torch.bfloat16), kind, compute_dtype)
     batch, cfg = batch_for(model), [lf.LoRA(r=2), lf.Full(target_parameters="norm")]
     start = lf.init(model, cfg)
@@ -309,7 +309,7 @@ def test_half_precision(kind, compute_dtype):
 @EACH_MODE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_autocast(kind, training, dtype):
-    """The dtypes are bitsandbytes' own, which differ between 4 and 8 bits."""
+    """The dtypes equal bitsandbytes'; they differ between 4 and 8 bits."""
     layer, x = layer_of(kind, None, training=training), torch.randn(5, 64, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         ours = linear(x.requires_grad_(), affine(layer))
@@ -324,7 +324,7 @@ def test_autocast(kind, training, dtype):
 
 @EACH_KIND
 def test_a_model_in_float16(kind):
-    """bitsandbytes' kernel for outliers writes into its input for a while."""
+    """bitsandbytes' outlier kernel temporarily overwrites its input."""
     model = quantised(make("qwen3", torch.float16), kind)
     batch, params = batch_for(model), scramble(lf.init(model, lf.LoRA(r=2)))
     found = gradients(model, params, batch)
@@ -335,7 +335,7 @@ def test_a_model_in_float16(kind):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_nothing_dense_is_kept_when_compiled(kind):
-    """The compiler keeps what it finds twice."""
+    """The compiler saves a dense weight if forward and backward both compute it."""
     layers = [quantise_layer(nn.Linear(256, 256), kind) for _ in range(4)]
     model = nn.Sequential(*layers).eval().requires_grad_(False)
     params, kept = lf.init(model, lf.LoRA(r=2)), []
@@ -354,7 +354,7 @@ def test_nothing_dense_is_kept_when_compiled(kind):
 
 
 def test_calibration_leaves_the_model_as_it_was():
-    """bitsandbytes would cast a bias for good."""
+    """bitsandbytes would cast a bias permanently."""
     model = make_quantised("bert", "nf4")
     for name, parameter in model.named_parameters():
         if name.endswith("dense.bias"):
@@ -365,7 +365,7 @@ def test_calibration_leaves_the_model_as_it_was():
 
 
 def test_a_plan_does_not_outlive_its_modules():
-    """Another module may come to stand at the same place in memory."""
+    """A new module may reuse the memory address (and ``id``) of a deleted one."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
     start = lf.init(model, lf.LoRA(r=2, target_modules="0"))
     params = {key: leaf.detach() + 0.1 for key, leaf in start.items()}
@@ -401,7 +401,7 @@ def test_a_layer_that_derives_from_a_quantised_one():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "int8, outliers"])
 def test_rows_that_depend_on_each_other_are_found(kind):
-    """An 8-bit layer's rounding is no excuse."""
+    """The check also works on models with 8-bit layers, in spite of their rounding."""
 
     class Mixing(nn.Module):
         def __init__(self):
@@ -419,7 +419,7 @@ def test_rows_that_depend_on_each_other_are_found(kind):
 
 
 def test_a_constant_through_a_quantised_layer():
-    """It belongs to no adapter."""
+    """The constant is the same for all adapters."""
 
     class WithConstant(nn.Module):
         def __init__(self):
@@ -437,7 +437,7 @@ def test_a_constant_through_a_quantised_layer():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_through_transformers(tmp_path, bits):
-    """Loaded as users load, trained, generated with, and as it was afterwards."""
+    """Load with ``from_pretrained``, train, generate; the model is unchanged afterwards."""
     make("qwen3").save_pretrained(tmp_path)
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True} | (settings if bits == 4 else {}))
@@ -471,7 +471,7 @@ def test_through_transformers(tmp_path, bits):
 def test_a_skeleton_shares_what_is_quantised(kind):
     model = make_quantised("qwen3", kind)
     batch, params = batch_for(model), scramble(lf.init(model, lf.LoRA(r=2)))
-    model(**batch)  # after which an 8-bit layer keeps its codes elsewhere
+    model(**batch)  # an 8-bit layer moves its codes at the first call
     other = lf.skeleton(model)
     layer, copied = (m.model.layers[0].mlp.up_proj for m in (model, other))
     assert copied is not layer
@@ -483,7 +483,7 @@ def test_a_skeleton_shares_what_is_quantised(kind):
 
 
 def test_models_that_share_a_quantised_layer_run_one_at_a_time():
-    """It runs another forward in both, although no adapter is on it."""
+    """The shared layer runs a replaced forward in both models, even without an adapter."""
     shared = layer_of("nf4")
     one, two = (nn.Sequential(nn.Linear(64, 64), shared).requires_grad_(False) for _ in range(2))
     params = lf.init(one, lf.LoRA(r=2, target_modules="0"))
@@ -556,7 +556,7 @@ def test_accelerates_hooks_stay_at_work():
 @pytest.mark.parametrize("rows", [1, 5, 64, 320, 1536, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_layer_on_a_gpu(kind, rows, dtype):
-    """Up to 1,536 rows may take a fused kernel, which by itself loses gradients under vmap."""
+    """Up to 1,536 rows may use a fused kernel, which alone loses gradients under vmap."""
     layer = quantise_layer(nn.Linear(1024, 512).cuda(), kind, dtype)
     W, x = affine(layer), torch.randn(rows, 1024, dtype=dtype, device="cuda", requires_grad=True)
     assert torch.equal(linear(x, W), layer(x))

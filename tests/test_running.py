@@ -1,4 +1,4 @@
-"""One thread on one model object; as many as there are skeletons."""
+"""One thread per model object; skeletons allow several threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ from tests.support.snapshots import assert_same, snapshot
 
 @pytest.fixture
 def busy():
-    """A model that another thread is running, stopped in the middle."""
+    """A model that is running in another thread, blocked inside its forward pass."""
     gate = Gate()
     model = nn.Sequential(nn.Linear(4, 4), gate, nn.Sequential(nn.Linear(4, 4)))
     params, x = adapter(model, r=2), torch.randn(3, 4)

@@ -1,4 +1,4 @@
-"""Stacks: padding is exact, differentiable, and undone by unstack."""
+"""Stacks: padding is exact and differentiable, and unstack reverses it."""
 
 import pytest
 import safetensors.torch

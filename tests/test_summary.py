@@ -1,4 +1,4 @@
-"""The table that shows an adapter."""
+"""The summary table of an adapter."""
 
 import io
 

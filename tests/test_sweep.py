@@ -1,4 +1,4 @@
-"""vcall: a sweep of K is K solo runs, and what cannot be one call is refused."""
+"""vcall: a sweep of K adapters equals K solo runs; unsupported models raise an error."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +40,7 @@ def optimizer_of(adapters, settings):
 
 
 def trained(adapters, settings, losses_of, steps=20, after_backward=lambda step: None):
-    """The losses of each step, after which the adapters are trained in place."""
+    """Train the adapters in place and return the losses of each step."""
     optimizer, curve = optimizer_of(adapters, settings), []
     for step in range(steps):
         optimizer.zero_grad()
@@ -76,7 +76,7 @@ def assert_sweep_equals_solo_runs(model, make_adapters, settings=SETTINGS):
     ids=str,
 )
 def test_a_sweep_of_seeds_equals_solo_runs(case, family):
-    """In float64, or Adam takes steps along rounding: a key's bias has no gradient."""
+    """float64, because the key bias has zero gradient and Adam would amplify rounding errors."""
     model = frozen(family, dtype=torch.float64)
     assert_sweep_equals_solo_runs(model, lambda: [adapter(case, model, seed) for seed in range(2)])
 
@@ -378,7 +378,7 @@ MIXERS = {
 
 @pytest.mark.parametrize("mix", MIXERS.values(), ids=MIXERS)
 def test_a_model_that_mixes_rows_is_found_out(mix):
-    """Also by adapters at their start, which are all alike."""
+    """Freshly initialized adapters also detect it, although their outputs are equal."""
     model, x = Mixes(mix).requires_grad_(False), torch.randn(4, 4)
     adapters = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(2)]
     stacked = lf.stack(adapters)
@@ -452,7 +452,7 @@ def test_one_row_and_one_adapter(family):
     same(lf.vcall(model, lf.stack(adapters), batch), loop)
     same(lf.vcall(model, lf.stack(adapters[:1]), batch), loop[:1])
     wpe = [lora(frozen("gpt2"), target_modules="wpe")]
-    if family == "gpt2":  # one adapter is alone, whatever it adapts
+    if family == "gpt2":  # a stack of one adapter works on any site
         same(lf.vcall(model, lf.stack(wpe), batch), lf.fcall(model, wpe[0], batch)[None])
 
 
@@ -508,7 +508,7 @@ def test_the_first_call_is_checked_and_no_other():
     model, x = Counts().requires_grad_(False), torch.randn(3, 4)
     stacked = lf.stack([lora(model, seed) for seed in range(5)])
     random_state = torch.get_rng_state()
-    for calls in (4, 1, 1):  # together, the first, the last; and together
+    for calls in (4, 1, 1):  # first call: joint, first, last, joint; then joint only
         model.calls = 0
         lf.vcall(model, stacked, x)
         assert model.calls == calls
@@ -531,7 +531,7 @@ def test_the_check_does_not_mind_broken_leaves():
 
 
 class Own(nn.Module):
-    """A model that does something with what a layer gives."""
+    """A model that applies a given function to its layer and input."""
 
     def __init__(self, then, layer=None):
         super().__init__()
@@ -669,7 +669,7 @@ def test_gradients_are_clipped_for_each_adapter(as_stack):
 
 
 def test_a_default_device_changes_nothing():
-    """It is a torch function mode of its own, which calls public functions again."""
+    """A default device is a torch function mode that calls public functions again."""
     model, batch = frozen("bert"), of_class()
     adapters = [lora(model, seed) for seed in range(2)]
     leaves = [leaf for one in adapters for leaf in lf.partition(one)[0].values()]

@@ -1,4 +1,4 @@
-"""Which sites a config names, and how it says that it names none."""
+"""Which sites a config selects, and the errors if it selects none."""
 
 import logging
 import sys
@@ -111,7 +111,7 @@ def test_all_linear_and_a_pattern_for_what_it_leaves_out():
 
 
 class Router(nn.Module):
-    """A mixture of experts in the older style: routers are linear layers."""
+    """An older mixture of experts, where the router is a linear layer."""
 
     def __init__(self, name):
         super().__init__()
@@ -351,7 +351,7 @@ def test_parametrized_layers_are_sites():
 
 
 def calls_of(function):
-    """How many Python functions run; a count, not a time."""
+    """The number of Python function calls that a function makes."""
     count = 0
 
     def note(frame, event, _):

@@ -1,4 +1,4 @@
-"""The settings of torch and transformers around a call, and that they are restored."""
+"""Settings of torch and transformers during a call, and that they are restored."""
 
 import warnings
 

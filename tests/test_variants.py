@@ -1,4 +1,4 @@
-"""Every variant on real architectures: its start, its merged model, transforms, and training."""
+"""Every variant on real architectures: initialization, merged model, transforms, training."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_the_start_is_the_base_model_bit_for_bit(case, family, dtype):
 
 @each_pair(lambda case: case.has_weight)
 def test_equals_the_merged_model(case, family):
-    """But for steering that is not linear in x, and has no weight."""
+    """Steering variants that are not linear in x have no merged weight and are skipped."""
     model = make(family, torch.float64).requires_grad_(False)
     params = scramble(adapter(case, model, dtype=torch.float64))
     batch = batch_for(model)
@@ -41,7 +41,7 @@ def test_equals_the_merged_model(case, family):
 
 @each_pair()
 def test_transforms_agree(case, family):
-    """The models return their loss in float32, whatever they compute in."""
+    """The models return the loss in float32, whatever their dtype."""
     model = make(family, torch.float64).requires_grad_(False)
     batch = batch_for(model)
     adapters = [scramble(adapter(case, model, dtype=torch.float64), seed) for seed in range(2)]
@@ -72,7 +72,7 @@ def test_transforms_agree(case, family):
 @pytest.mark.gpu
 @each_pair()
 def test_on_a_gpu(case, family):
-    """The same numbers as on the CPU, where the adapter was made; a start that is the base's."""
+    """The loss equals the CPU's, and the initial output equals the base model's."""
     model = make(family, torch.float64).requires_grad_(False)
     batch = batch_for(model)
     start = adapter(case, model, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a layer's weight looks like from outside: (d_out, d_in), whatever the storage."""
+"""The weight interface: every layer type gives a (d_out, d_in) weight."""
 
 import pytest
 import torch

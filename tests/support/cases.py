@@ -1,4 +1,4 @@
-"""The table of cases that every law runs on: adding a variant means adding its rows here."""
+"""The table of cases. Every law runs on every case; a new variant adds its rows here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,13 +21,13 @@ class Case:
 
     Attributes:
         name: Shown as the test's id.
-        config: Makes the config for a layer, given the rank to use where there is one.
-        dead: Leaves whose gradient is exactly zero at the start, as the mathematics says.
-        bias: Whether the layer may, must or must not have a bias (None, True, False).
-        fit: Makes sizes (d_in, d_out, r) that the config accepts of any.
-        data: What it is calibrated on: "inputs", "gradients", "pairs" or nothing.
-        start: "exact", "close" (to 8 eps), or "elsewhere" for what does not start as the base.
-        jumps: Whether the first step of any learning rate moves the layer by a fixed amount.
+        config: Builds the config from a rank (ignored by methods without a rank).
+        dead: Leaves whose gradient is exactly zero at initialization, by the formula.
+        bias: True if the layer needs a bias, False if it must have none, None if both work.
+        fit: Maps any (d_in, d_out, r) to sizes that the config accepts.
+        data: The calibration data: "inputs", "gradients", "pairs" or None.
+        start: Initial output relative to the base: "exact", "close" (8 eps) or "elsewhere".
+        jumps: True if the first optimizer step has a fixed size, whatever the learning rate.
     """
 
     name: str
@@ -41,17 +41,17 @@ class Case:
 
     @property
     def variant(self) -> lf.Variant:
-        """The variant that is meant."""
+        """The variant of this case's config."""
         return by_config(self.config(2))
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it adapts layers, and does not train parameters themselves."""
+        """True if the variant adapts layers; False if it trains the parameters directly."""
         return self.variant.parameters is None
 
     @property
     def has_weight(self) -> bool:
-        """Whether it is linear in x."""
+        """True if the variant is linear in x, so that it has a weight view."""
         return self.variant.weight is not None
 
     def __repr__(self) -> str:
@@ -122,7 +122,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer adapted by a case, in the pieces that a variant's functions take."""
+    """A linear layer and a case's adapter, as arguments for the variant's functions."""
 
     module: nn.Linear
     W: Affine
@@ -136,7 +136,7 @@ class Layer:
         return {name: leaf for name, leaf in self.leaves.items() if not name.startswith("_")}
 
     def weight(self, W: Weight) -> Tensor:
-        """The weight view; the frozen weight where a variant has none."""
+        """The adapted weight, or the frozen weight if the variant has no weight view."""
         return self.variant.weight(W, self.leaves) if self.variant.weight else dense(W)
 
     def apply(self, leaves: dict[str, Tensor] | None = None, x: Tensor | None = None) -> Tensor:
@@ -152,14 +152,14 @@ class Layer:
 
 
 class Layers(nn.ModuleDict):
-    """Layers side by side, each with an input of its own."""
+    """Parallel layers; each has its own input."""
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return torch.cat([self[name](x).flatten() for name, x in inputs.items()])
 
 
 def make_params(case: Case, module: nn.Linear | Layers, r: int, **settings: object) -> lf.Params:
-    """Make a case's adapter, calibrated on random data where the case asks for it."""
+    """Make a case's adapter, calibrated on random data if the case needs data."""
 
     def batch(seed: int) -> Tensor | dict[str, Tensor]:
         if isinstance(module, Layers):
@@ -198,7 +198,7 @@ def make_layer(
     dtype: torch.dtype = torch.float64,
     leaf_dtype: torch.dtype | None = None,
 ) -> Layer:
-    """Make a random layer with a case's adapter, at its start or with random leaves."""
+    """Make a random layer with a case's adapter, freshly initialized or with random leaves."""
     generator = torch.Generator().manual_seed(seed)
     d_in, d_out, r = case.fit(d_in, d_out, r)
     module = nn.Linear(d_in, d_out, bias=bias if case.bias is None else case.bias)
@@ -219,7 +219,7 @@ def make_layer(
 
 
 def scrambled_stack(layer, adapters, seed):
-    """Adapters with random trained leaves: one by one, and stacked."""
+    """Adapters with random trained leaves, as a list and as a stack."""
     generator = torch.Generator().manual_seed(seed)
     many = [
         {**layer.leaves, **{k: random_like(v, generator) for k, v in layer.trained.items()}}
@@ -229,7 +229,7 @@ def scrambled_stack(layer, adapters, seed):
 
 
 class Made(TorchDispatchMode):
-    """Collects the sizes of the tensors that operations make in memory of their own."""
+    """Records the size of every tensor that an operation allocates; views are not counted."""
 
     def __init__(self, *known):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Functions to compile, and the check that one graph serves all adapters."""
+"""Functions to compile, and the check that all adapters use one graph."""
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend

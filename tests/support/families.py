@@ -1,4 +1,4 @@
-"""A small random model of each architecture, with a batch and everything in it adapted."""
+"""A small random model of each architecture, with a batch and an adapter on every layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ EXPERTS = ("experts", r"mlp\.gate\.weight")
 
 
 def text(rows: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """Tokens, of which one row is padded, to predict themselves."""
+    """Random tokens for language modelling; one row is padded."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, 10), generator=generator)
     mask = torch.ones_like(ids)
@@ -119,13 +119,13 @@ class Family:
     """One architecture.
 
     Attributes:
-        model: Makes it.
+        model: Builds the model.
         batch: Makes a batch, given the number of rows and a seed.
-        modules: What LoRA adapts beside the linear layers.
-        parameters: Which parameters it adapts.
-        exclude: Which linear layers it does not.
-        unfoldable: Why adapters of all that cannot share a call, if they cannot.
-        loss_fn: For a model that gives no loss.
+        modules: Target modules in addition to the linear layers.
+        parameters: Target parameters.
+        exclude: Linear layers to exclude.
+        unfoldable: Why several adapters of this model cannot share one call; None if they can.
+        loss_fn: The loss, for a model that returns none.
     """
 
     model: Callable[[], nn.Module]
@@ -143,7 +143,7 @@ class Family:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-                elif not parameter.any():  # the routers, which would send every token alike
+                elif not parameter.any():  # a zero router sends all tokens to the same experts
                     parameter.normal_()
         return model.eval().requires_grad_(False)
 

@@ -57,7 +57,7 @@ def gpt2(**settings: object) -> PreTrainedModel:
         **settings,
     )
     model = GPT2LMHeadModel(config).eval()
-    model.loss_type = "ForCausalLM"  # unset, transformers logs, which torch.compile refuses
+    model.loss_type = "ForCausalLM"  # if unset, transformers logs a message and torch.compile fails
     return model
 
 
@@ -74,7 +74,7 @@ MODELS = {"qwen3": qwen3, "gpt2": gpt2, "bert": bert}
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
-    """A model of one family; GPT-2's biases are random too, or they would be zero."""
+    """A model of one family; GPT-2's biases start at zero, so they are randomized."""
     torch.manual_seed(0)
     model = MODELS[name](**settings)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, **settings: object) -> P
 def batch_for(
     model: PreTrainedModel, rows: int = 3, tokens: int = 10, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Random tokens, the last of them padding in one row, with labels of the model's kind."""
+    """Random tokens with padding at the end of one row, and labels for the model's task."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCABULARY, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -99,7 +99,7 @@ def batch_for(
 
 
 def scramble(params: lf.Params, seed: int = 0) -> lf.Params:
-    """Move every trained leaf away from its start, in place."""
+    """Add noise to every trained leaf, in place."""
     generator = torch.Generator().manual_seed(seed)
     for leaf in lf.partition(params)[0].values():
         leaf.data += 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf)
@@ -107,7 +107,7 @@ def scramble(params: lf.Params, seed: int = 0) -> lf.Params:
 
 
 def merged(model: PreTrainedModel, params: lf.Params) -> PreTrainedModel:
-    """A copy of the model that has the adapted weights and biases for its own."""
+    """A copy of the model with the adapter merged into its weights and biases."""
     model = copy.deepcopy(model)
     for (site, name), keys in group(params).items():
         module, variant = model.get_submodule(site), by_name(name)
@@ -126,7 +126,7 @@ def lora(model, seed=0, **settings):
 
 
 class Gate(nn.Module):
-    """A layer that waits inside its forward pass until it is let go."""
+    """A layer whose forward pass blocks until ``go`` is set."""
 
     def __init__(self):
         super().__init__()

@@ -11,7 +11,7 @@ from tests.support.models import MODELS, batch_for, make, scramble
 
 
 def families(case):
-    """The families a case runs on: Qwen3 has no biases, BERT and GPT-2 have one in every layer."""
+    """The families that fit a case: Qwen3 has no biases, BERT and GPT-2 have one in every layer."""
     return [family for family in MODELS if case.bias is not True or family != "qwen3"]
 
 
@@ -19,7 +19,7 @@ ADAPTERS = [case for case in CASES if case.is_adapter]
 
 
 def one_family(case):
-    """A family for each case, in turn: the families' own differences are tested with LoRA."""
+    """One family per case, in turn; LoRA runs on all families to test their differences."""
     fitting = families(case)
     return fitting[ADAPTERS.index(case) % len(fitting)]
 
@@ -47,13 +47,13 @@ def adapter(case, model, seed=0, **settings):
     }[case.data]
     _, _, r = case.fit(32, 32, 2)
     cfg = case.config(r)
-    if case.data == "pairs":  # BERT's pooler has no last token
+    if case.data == "pairs":  # the input of BERT's pooler has no token axis
         cfg = replace(cfg, layers=(0, 1))
     return lf.init(model, cfg, seed=seed, data=data, **settings)
 
 
 def moved(case, family, dtype):
-    """A model, an adapter away from its start, and a batch."""
+    """A model, an adapter with perturbed leaves, and a batch."""
     model = make(family, dtype).requires_grad_(False)
     wide = torch.promote_types(dtype, torch.float32)
     return model, scramble(adapter(case, model, dtype=wide)), batch_for(model)

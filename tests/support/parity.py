@@ -1,4 +1,4 @@
-"""Comparing a variant with PEFT's module: outputs, every gradient, the merged weight and bias."""
+"""Compare a variant with PEFT's module: outputs, all gradients, the merged weight and bias."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ def assert_parity(
     spread: float = 1.0,
     merges: bool = True,
 ) -> None:
-    """Put the same random numbers into both, and compare all that comes out."""
+    """Set both adapters to the same random values and compare their results."""
     errors = parity_errors(
         cfg, theirs, link, bias=bias, dtype=dtype, constants=constants, spread=spread, merges=merges
     )

@@ -1,4 +1,4 @@
-"""Small models with weights of 4 and 8 bits, and the same models dequantised."""
+"""Small models with 4-bit and 8-bit weights, and the same models dequantised."""
 
 import copy
 import logging
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lora_func.weights import affine, dense
 from tests.support.models import make
 
-# it warns at each call of an 8-bit layer in float32
+# bitsandbytes warns at each call of an 8-bit layer in float32
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 KINDS = {
@@ -26,7 +26,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 def quantise_layer(
     layer: nn.Linear, kind: str, compute_dtype: torch.dtype | None = torch.float32
 ) -> nn.Linear:
-    """The same layer by bitsandbytes, on the device of the first."""
+    """The bitsandbytes version of a layer, on the same device."""
     shape, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
     weight, device = layer.weight.detach().clone().cpu(), layer.weight.device
     if kind.startswith("int8"):
@@ -36,7 +36,7 @@ def quantise_layer(
         settings = KINDS[kind] | {"quant_type": kind}
         new = bnb.nn.Linear4bit(*shape, has_bias, compute_dtype=compute_dtype, **settings)
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **settings)
-        # on some processors its own forward would repack the weight for good
+        # on some CPUs the bitsandbytes forward repacks the weight permanently
         new.support_avx512bf16_for_cpu = False
     new.bias = copy.deepcopy(layer.bias)
     return new.to(device).train(layer.training).requires_grad_(False)
@@ -45,7 +45,7 @@ def quantise_layer(
 def quantised(
     model: nn.Module, kind: str, compute_dtype: torch.dtype | None = torch.float32
 ) -> nn.Module:
-    """The same model with every linear layer but its head quantised, in place."""
+    """Quantise every linear layer except the head, in place."""
     for path, module in [*model.named_modules()]:
         if type(module) is nn.Linear and not path.endswith(("lm_head", "classifier")):
             model.set_submodule(path, quantise_layer(module, kind, compute_dtype))
@@ -53,7 +53,7 @@ def quantised(
 
 
 def dequantised(model: nn.Module) -> nn.Module:
-    """A copy of the model with ordinary linear layers."""
+    """A copy of the model with dense linear layers."""
     model = copy.deepcopy(model)
     for path, module in [*model.named_modules()]:
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):

@@ -1,10 +1,10 @@
-"""What a model is before and after a call: attributes, their order, and every bit."""
+"""Snapshots of a model before and after a call: attributes, their order, and every bit."""
 
 import torch
 
 
 def snapshot(model):
-    """Everything that a call might leave behind: attributes, their order, and every bit."""
+    """Record everything that a call could change: attributes, their order, and every bit."""
     modules = [
         (name, module, {k: id(v) for k, v in module.__dict__.items()})
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: shapes and seeds are drawn, elements never."""
+"""Hypothesis strategies that draw shapes and seeds; tensor elements follow from the seed."""
 
 from hypothesis import strategies as st
 

@@ -1,4 +1,4 @@
-"""AntiPaSTO against the paper's formula in dense matrices."""
+"""AntiPaSTO compared with the paper's formula in dense matrices."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_the_rotation_is_orthogonal_and_the_coefficient_turns_it_round(b):
 
 @pytest.mark.parametrize("b", [2, 4, 8, 16])
 def test_the_largest_angle(b):
-    """The formula of the module's docstring, where every entry is at its bound."""
+    """The largest angle follows the module docstring's formula when every entry is at its bound."""
     rot = torch.full((1, b * (b - 1) // 2), 1e6, dtype=torch.float64)
     angles = torch.linalg.eigvals(rotation(rot)[0]).angle().abs()
     bound = 2 * math.atan(math.tan(0.25) / math.tan(math.pi / (2 * b)))
@@ -101,7 +101,7 @@ def test_directions_are_chosen_by_strength_times_activation(pool):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10)).double()
     _, S, Vh = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
-    spread = torch.tensor([1, 1, 1, 9, 1, 1, 9, 1, 9, 1]).double()  # along each direction
+    spread = torch.tensor([1, 1, 1, 9, 1, 1, 9, 1, 9, 1]).double()  # std per direction
     mean = torch.tensor([0, 0, 0, 0, 0, 20, 0, 0, 0, 0]).double()
     data = [(torch.randn(50, 10).double() * spread + mean) @ Vh for _ in range(4)]
     cfg = lf.AntiPaSTO(r=4, pool=pool)
@@ -122,7 +122,7 @@ def test_without_data_the_strongest_directions_are_taken():
 
 
 def test_a_whole_block_is_psoft_with_bounded_entries():
-    """PEFT's PSOFT without magnitudes: B (R - I) A with R the Cayley transform of Q."""
+    """PEFT's PSOFT without magnitudes: B (R - I) A, where R is the Cayley transform of Q."""
     model = nn.Sequential(nn.Linear(48, 64))
     config = peft.PsoftConfig(
         r=6, psoft_alpha=6, psoft_mag_a=False, psoft_mag_b=False, target_modules=["0"]
@@ -132,7 +132,7 @@ def test_a_whole_block_is_psoft_with_bounded_entries():
     layer.psoft_R["default"].weight.data.normal_(std=0.3)
     A, B = layer._psoft_A_cache["default"], layer._psoft_B_cache["default"]
     S = B.norm(dim=0)
-    # h -> h R here, h -> R h there; X = Q is half of the bounded entries
+    # h -> h R here, h -> R h in PEFT; X = Q is half of the bounded entries
     a = 2 * math.tan(math.pi / 6)
     Q = layer.psoft_R["default"].weight
     constants = {"_U": B / S, "_S": S, "_Vh": A, "rot_V": -2 * a * torch.atanh(2 * Q / a)[None]}

@@ -1,4 +1,4 @@
-"""BitFit against its formula, and against PEFT's BEFT."""
+"""BitFit compared with its formula and with PEFT's BEFT."""
 
 import peft
 import pytest
@@ -16,7 +16,7 @@ def test_formula():
 
 
 def test_parity_with_peft():
-    """PEFT cannot merge into a layer without a bias, so the layer has one."""
+    """The layer has a bias, because PEFT cannot merge into a layer without one."""
     assert_parity(
         lf.BitFit(),
         peft.BeftConfig(target_modules=["0"]),

@@ -1,4 +1,4 @@
-"""DeLoRA against its formula in dense matrices, and against PEFT."""
+"""DeLoRA compared with its formula in dense matrices and with PEFT."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_the_start_of_the_frozen_copy_is_a_fixed_point_of_the_strength():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("spread", [1.0, 1e-5])
 def test_parity_with_peft(bias, spread):
-    """Also below the floor of the norms."""
+    """The small spread tests norms below the floor."""
     assert_parity(
         lf.DeLoRA(r=4),
         peft.DeloraConfig(r=4, target_modules=["0"]),

@@ -1,4 +1,4 @@
-"""DoRA against its formula in dense matrices, and against PEFT."""
+"""DoRA compared with its formula in dense matrices and with PEFT."""
 
 import peft
 import pytest

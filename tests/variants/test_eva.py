@@ -1,4 +1,4 @@
-"""EVA against a principal component analysis, and against PEFT."""
+"""EVA compared with a principal component analysis, and with PEFT."""
 
 import peft
 import pytest
@@ -61,7 +61,7 @@ def test_sites_that_part_ways_keep_their_own_components():
 
 
 def test_an_outlier_does_not_hide_the_rest():
-    """In float32, of which the scatter matrix alone would leave nothing beside it."""
+    """A float32 scatter matrix would lose the other components to rounding."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64))
     x = torch.randn(500, 64) * torch.linspace(2, 0.5, 64)
@@ -118,7 +118,7 @@ def test_a_site_may_end_without_a_rank():
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 @pytest.mark.filterwarnings("ignore")
 def test_parity_with_peft(rho):
-    """One batch of inputs with a steep spectrum, which PEFT's randomised decomposition can see."""
+    """A steep input spectrum, so that PEFT's randomised SVD finds the same components."""
 
     def steep():
         model = make("qwen3")

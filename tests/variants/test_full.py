@@ -1,4 +1,4 @@
-"""Full: parameters of linear layers and of everything else."""
+"""Full: parameters of linear layers and of all other modules."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import lora_func as lf
 
 
 class Everything(nn.Module):
-    """One module of each kind that owns parameters, and a parameter of the root itself."""
+    """One module of each kind that has parameters, and a parameter of the root module."""
 
     def __init__(self):
         super().__init__()

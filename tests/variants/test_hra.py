@@ -1,4 +1,4 @@
-"""HRA against its formula in dense matrices, and against PEFT."""
+"""HRA compared with its formula in dense matrices and with PEFT."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""IA3 on both sides against its formula, and against PEFT."""
+"""IA3 on both sides compared with its formula and with PEFT."""
 
 import peft
 import pytest

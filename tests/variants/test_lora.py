@@ -1,4 +1,4 @@
-"""LoRA against its formula in dense matrices, and against PEFT."""
+"""LoRA compared with its formula in dense matrices and with PEFT."""
 
 import math
 

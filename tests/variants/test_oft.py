@@ -1,4 +1,4 @@
-"""OFT against its formula in dense matrices, and against PEFT."""
+"""OFT compared with its formula in dense matrices and with PEFT."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""PiSSA against its formula in dense matrices, and against PEFT."""
+"""PiSSA compared with its formula in dense matrices and with PEFT."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_formula(layer):
 def test_the_start_is_the_principal_part_at_any_scale(alpha, niter):
     model = nn.Sequential(nn.Linear(20, 12)).double()
     U, S, Vh = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
-    model[0].weight.data = (U * S**3) @ Vh  # a spectrum that the randomised form can see
+    model[0].weight.data = (U * S**3) @ Vh  # a spectrum steep enough for the randomised SVD
     params = lf.init(model, lf.PiSSA(r=3, alpha=alpha, niter=niter), dtype=torch.float64)
     A, B = params["0.pissa._A0"], params["0.pissa._B0"]
     principal = (U[:, :3] * S[:3] ** 3) @ Vh[:3]
@@ -53,7 +53,7 @@ def test_the_randomised_start_is_the_same_for_a_seed_alone():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("alpha", [4.0, 7.0])
 def test_parity_with_peft(bias, alpha):
-    """In float32, the most that PEFT's start takes; its base weight is the residual."""
+    """In float32, the highest precision of PEFT's init; PEFT's base weight is the residual."""
     r, s = 4, alpha / 4
     config = peft.LoraConfig(r=r, lora_alpha=alpha, init_lora_weights="pissa", target_modules=["0"])
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""RoAd 1, 2 and 4 against their formula in dense matrices, and against PEFT."""
+"""RoAd 1, 2 and 4 compared with their formula in dense matrices and with PEFT."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""SHiRA against its formula in dense matrices, its masks, and PEFT."""
+"""SHiRA: its formula in dense matrices, its masks, and parity with PEFT."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""S-steer against its formulas in dense matrices, and its calibration."""
+"""S-steer: its formulas in dense matrices, and its calibration."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_exp_is_clamped_and_never_turns_a_singular_value_round():
 
 
 def pairs(W, seed=0, n=40):
-    """Last tokens that differ along the third right singular vector, in rows of unequal length."""
+    """Last tokens differ along the third right singular vector; row lengths are unequal."""
     torch.manual_seed(seed)
     _, _, Vh = torch.linalg.svd(W, full_matrices=False)
 
@@ -122,7 +122,7 @@ def test_r_takes_the_directions_in_which_the_pairs_differ_most():
 
 
 def test_the_signs_of_singular_pairs_are_part_of_the_method():
-    """add and ablate do not see them, scale does; so they are saved."""
+    """The signs matter for scale but not for add and ablate, so the file stores them."""
     for mode, seen in (("scale", True), ("add", False), ("ablate", False)):
         layer = make_layer(case(mode), scrambled=True)
         sign = torch.tensor([-1.0, 1, 1, 1, 1]).double()

@@ -1,4 +1,4 @@
-"""SSVD against its formula in dense matrices, and against PEFT's PSOFT."""
+"""SSVD compared with its formula in dense matrices and with PEFT's PSOFT."""
 
 import peft
 import pytest
@@ -47,7 +47,7 @@ def test_formula(data, orthogonality):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_parity_with_psoft(bias):
-    """In float32, the precision of PSOFT's singular value decomposition; δ is not in it."""
+    """In float32, the precision of PSOFT's SVD; PSOFT has no δ."""
 
     def constants(layer):
         B, A = layer._psoft_B_cache["default"], layer._psoft_A_cache["default"]

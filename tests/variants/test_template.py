@@ -1,4 +1,4 @@
-"""The template is a working variant; the laws run on it as one of the cases."""
+"""The template is a working variant, and the laws run on it."""
 
 import pytest
 import torch

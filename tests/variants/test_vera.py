@@ -1,4 +1,4 @@
-"""VeRA against its formula in dense matrices, and against PEFT."""
+"""VeRA compared with its formula in dense matrices and with PEFT."""
 
 import math
 
