@@ -174,5 +174,7 @@ def test_bitsandbytes(name):
     assert kind.__module__ == compat.BITSANDBYTES_LAYERS[0]
     states = {bnb.functional.QuantState.__name__, bnb.MatmulLtState.__name__}
     assert states == {*compat.BITSANDBYTES_STATES}
+    if tuple(map(int, bnb.__version__.split(".")[:2])) < (0, 50):
+        return  # older releases do not repack
     source = inspect.getsource(bnb.functional) + inspect.getsource(bnb.nn.modules)
     assert compat.REPACKED_FOR_CPU in source

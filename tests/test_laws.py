@@ -113,6 +113,38 @@ def test_the_norm_of_the_change(case, data):
     )
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.variant.delta_norm], ids=repr)
+def test_the_norm_of_a_stack_is_that_of_each_member(case):
+    layer = make_layer(case, scrambled=True)
+    many, stacked = scrambled_stack(layer, 3, seed=0)
+    norms = [layer.variant.delta_norm(leaves, layer.W.shape) for leaves in many]
+    close(layer.variant.delta_norm(stacked, layer.W.shape), torch.stack(norms))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.variant.low_rank], ids=repr)
+@given(data=st.data())
+def test_the_factors_multiply_to_the_change(case, data):
+    layer = data.draw(layers(case, scrambled=True))
+    change = layer.weight(layer.W) - dense(layer.W)
+    close(sum(B @ A for A, B in layer.variant.low_rank(layer.leaves)), change)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.variant.neutral], ids=repr)
+@given(data=st.data(), share=st.floats(-2, 2))
+def test_the_change_is_linear_around_its_neutral_leaves(case, data, share):
+    layer = data.draw(layers(case, scrambled=True))
+    neutral = layer.variant.neutral
+    assert neutral.keys() == layer.trained.keys()
+
+    def output_of(share):
+        moved = {k: at + share * (layer.leaves[k] - at) for k, at in neutral.items()}
+        return layer.apply(moved)
+
+    nothing, all_ = output_of(0.0), output_of(1.0)
+    close(nothing, F.linear(layer.x, dense(layer.W), layer.W.bias))
+    close(output_of(share), nothing + share * (all_ - nothing))
+
+
 @EACH_LINEAR_CASE
 @given(data=st.data())
 def test_parametrizing_the_weight_is_the_same_layer(case, data):

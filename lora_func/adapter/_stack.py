@@ -126,17 +126,20 @@ def _check_same_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:
         )
 
 
-def _pad(leaf: Tensor, axis: int, rank: int) -> Tensor:
-    after = [0] * (2 * -axis - 1) + [rank - leaf.shape[axis]]
-    return F.pad(leaf, after)
+def _pad(leaf: Tensor, axes: Sequence[int], rank: int) -> Tensor:
+    for axis in axes:
+        leaf = F.pad(leaf, [0] * (2 * -axis - 1) + [rank - leaf.shape[axis]])
+    return leaf
 
 
 def _cut(key: str, leaf: Tensor, ranks: Tensor | None, i: int) -> Tensor:
     _, name, leaf_name = parse(key)
-    axis = by_name(name).rank_axes.get(leaf_name)
-    if ranks is None or axis is None:
+    axes = by_name(name).rank_axes.get(leaf_name, ())
+    if ranks is None or not axes:
         return leaf.clone()
-    return leaf.narrow(axis, 0, int(ranks[i])).clone(memory_format=torch.contiguous_format)
+    for axis in axes:
+        leaf = leaf.narrow(axis, 0, int(ranks[i]))
+    return leaf.clone(memory_format=torch.contiguous_format)
 
 
 def _stacked(key: str, leaves: Sequence[Tensor]) -> Tensor:

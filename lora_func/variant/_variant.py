@@ -119,13 +119,10 @@ class Variant(NamedTuple):
         return {leaf for leaf in self.leaves if not leaf.endswith("?")}
 
     @property
-    def rank_axes(self) -> dict[str, int]:
-        """Leaf -> its rank axis, counted from the end; empty for a variant without a rank."""
-        found = {
-            leaf: {words.index("r") - len(words) for words in alternatives if "r" in words}
-            for leaf, alternatives in self.axes.items()
-        }
-        return {leaf: min(places) for leaf, places in found.items() if places}
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        """Leaf -> its rank axes, counted from the end; empty for a variant without a rank."""
+        found = {leaf: _rank_places(alternatives[0]) for leaf, alternatives in self.axes.items()}
+        return {leaf: places for leaf, places in found.items() if places}
 
 
 def check_variant(variant: Variant) -> None:
@@ -145,12 +142,16 @@ def check_variant(variant: Variant) -> None:
             '{"B": "d_out r"}'
         )
     for leaf, alternatives in variant.axes.items():
-        places = {words.index("r") - len(words) if "r" in words else None for words in alternatives}
-        if len(places) > 1:
+        if len({*map(_rank_places, alternatives)}) > 1:
             raise ValueError(
                 f"{variant.name}: the alternatives of {leaf!r} have the rank at different places; "
                 "count from the last axis and put it at the same one"
             )
+
+
+def _rank_places(words: tuple[str, ...]) -> tuple[int, ...]:
+    """The places of the rank among the axes of a leaf, counted from the end."""
+    return tuple(i - len(words) for i, word in enumerate(words) if word == "r")
 
 
 def rank_of(variant: Variant, leaves: Mapping[str, Tensor]) -> int:
@@ -185,7 +186,12 @@ def ranks_of(variant: Variant, adapters: Iterable[Mapping[str, Tensor]]) -> list
     """
     axes, found = variant.rank_axes, []
     for leaves in adapters:
-        ranks = {leaf: leaves[leaf].shape[axis] for leaf, axis in axes.items() if leaf in leaves}
+        ranks = {
+            leaf: leaves[leaf].shape[axis]
+            for leaf, places in axes.items()
+            if leaf in leaves
+            for axis in places
+        }
         if len({*ranks.values()}) > 1:
             raise ValueError(f"{variant.name}: leaves of one site have different ranks, {ranks}")
         found.append(next(iter(ranks.values()), 0))
