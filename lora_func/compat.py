@@ -27,10 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def active_transforms() -> list[str]:
-    """Return the torch.func transforms around this call, outermost first: "Grad", "Vmap", "Jvp".
-
-    torch has no public way to ask. While compiling, the value is a constant of the graph.
-    """
+    """Return the torch.func transforms around this call, outermost first: "Grad", "Vmap", "Jvp"."""
     stack = torch._C._functorch.get_interpreter_stack()
     return [] if stack is None else [level.key().name for level in stack]
 
@@ -158,6 +155,8 @@ def forward_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
 PARAMETERS, CHILDREN = "_parameters", "_modules"
 HOOKS, PRE_HOOKS = "_forward_hooks", "_forward_pre_hooks"
 """The attributes of a module that hold its parameters, children and hooks."""
+IS_PARAMETER = "_is_param"
+"""The attribute by which ``isinstance`` takes a subclass of Tensor for an ``nn.Parameter``."""
 
 CACHED_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 """Where torch's recurrent layers remember the tensors that their last call used."""

@@ -129,16 +129,25 @@ class ReadTracker(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value = self.inner(name)
-        return value if self.source is None else self.source.adapt(name, value)
+        if self.source is None:
+            return value
+        found = self.source.adapt(name, value)
+        if found is not value:
+            found.lent = value, self.original.get(name)
+        return found
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a parameter as code outside the module reads it."""
         return self[name] if name in self else default  # noqa: SIM401
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Store a parameter for good: hooks that load or gather weights write through."""
-        dict.__setitem__(self, name, value)
-        self.original[name] = value
+        """Store a parameter for good: hooks that load or gather weights write through.
+
+        Code that swaps a parameter gives back what it read, which is not the original.
+        """
+        stored, original = getattr(value, "lent", (value, value))
+        dict.__setitem__(self, name, value if stored is None else stored)
+        self.original[name] = original
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self.original),)

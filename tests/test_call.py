@@ -506,22 +506,83 @@ def test_who_reads_a_weight_past_its_module_gets_the_adapted_one(layer, read, x,
     for key, gradient in zip(trained, expected, strict=True):
         torch.testing.assert_close(gradients[key], gradient)
     stacked = lf.stack([params, params])
-    with pytest.raises(lf.FoldError, match="reads this parameter past its module"):
-        lf.vcall(model, stacked, (x,))
+    if read is not READERS["its bias"][1] or config is lf.IA3:  # the others leave the bias
+        with pytest.raises(lf.FoldError, match="reads this parameter past its module"):
+            lf.vcall(model, stacked, (x,))
     looped = lf.vcall(model, stacked, (x,), fallback="loop")
     torch.testing.assert_close(looped[1], y)
 
 
 def test_reading_the_dtype_of_a_weight_computes_nothing():
     def read(layer, h):
-        assert isinstance(layer.weight, torch.Tensor)
-        assert (layer.weight.shape, layer.weight.device) == ((4, 4), h.device)
-        return h.to(layer.weight.dtype)
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        assert layer.get_parameter("weight").is_cpu
+        assert (weight.shape, weight.device, weight.itemsize) == ((4, 4), h.device, 4)
+        assert torch.zeros_like(weight).sum() == 0
+        assert weight.new_ones(2).sum() == 2
+        assert torch.is_floating_point(weight)
+        return h.to(weight.dtype).to(weight).type_as(weight)
 
     model = Autoencoder(nn.Linear(4, 4), read).requires_grad_(False)
     params, x = adapter(model, r=2), torch.randn(3, 4)
     lf.fcall(model, params, x)
     assert lf.vcall(model, lf.stack([params, params]), x).shape == (2, 3, 4)
+
+
+def test_what_cannot_see_an_adapted_weight_gets_no_frozen_one():
+    model = Autoencoder(nn.Linear(4, 4), lambda m, h: h + torch.vmap(torch.sum)(m.weight).sum())
+    y = lf.fcall(model.requires_grad_(False), adapter(model, r=2), torch.ones(2, 4))
+    assert y.isnan().all()
+
+
+def test_code_that_swaps_a_parameter_restores_the_frozen_one():
+    def swaps(layer, h):
+        return torch.func.functional_call(layer, {"bias": torch.zeros(4)}, h)
+
+    for frozen in (True, False):
+        model = Autoencoder(nn.Linear(4, 4), swaps).requires_grad_(not frozen)
+        params, x, before = adapter(model, r=2), torch.ones(2, 4), snapshot(model)
+        y = lf.fcall(model, params, x)
+        assert not torch.equal(y, model(x))
+        with lf.adapted(model, params):
+            torch.testing.assert_close(model(x), y)
+            torch.func.functional_call(model, {"layer.weight": torch.zeros(4, 4)}, x)
+            torch.testing.assert_close(model(x), y)
+        assert_same(before, model)
+
+
+def test_a_shallow_copy_made_inside_is_plain_afterwards():
+    model, x = mlp(), torch.randn(3, 4)
+    with lf.adapted(model, adapter(model, r=2)):
+        model(x)
+        again = copy.copy(model[0])
+    assert torch.equal(again(x), model[0](x))
+    assert again.weight is model[0].weight
+
+
+def test_hooks_that_come_and_go_inside_a_block():
+    model, x, calls = mlp(), torch.randn(3, 4), []
+    before = model.register_forward_pre_hook(lambda *_: calls.append("before"))
+    with lf.adapted(model, adapter(model, r=2)):
+        before.remove()
+        model.register_forward_pre_hook(lambda *_: calls.append("inside"))
+        model(x)
+    model(x)
+    assert calls == ["inside", "inside"]
+
+
+def test_an_offloaded_model():
+    model, x = mlp().requires_grad_(False), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    expected = lf.fcall(model, params, x)
+    looped = lf.vcall(model, lf.stack([params, params]), x)
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for _ in range(2):
+        torch.testing.assert_close(lf.fcall(model, params, x), expected)
+        torch.testing.assert_close(lf.vcall(model, lf.stack([params, params]), x), looped)
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_a_layer_that_is_only_read_has_no_part():

@@ -787,3 +787,42 @@ def test_every_layer_with_running_statistics_is_refused_in_training(norm):
     one = {key: leaf.detach() for key, leaf in lf.unstack(stacked)[0].items()}
     with pytest.raises(RuntimeError, match="writes its running statistics"):
         torch.func.grad(lambda p: lf.fcall(model, p, torch.randn(2, 4, 4)).sum())(one)
+
+
+WEIGHTS = torch.rand(3, 4)
+FORMS = {
+    "mse with weights": lambda y, x: nn.functional.mse_loss(y, x, weight=WEIGHTS[:1] * x.abs()),
+    "huber with weights": lambda y, x: nn.functional.huber_loss(y, x, weight=x.abs()),
+    "bce with a weight for each class": lambda y, x: nn.functional.binary_cross_entropy_with_logits(
+        y, x.sigmoid(), torch.arange(1.0, 5.0)
+    ),
+    "bce with a weight for each row": lambda y, x: nn.functional.binary_cross_entropy_with_logits(
+        y, x.sigmoid(), weight=x.abs()
+    ),
+    "a term without rows": lambda y, x: (
+        nn.functional.mse_loss(y, x) + nn.functional.mse_loss(torch.ones(5, 4), torch.zeros(5, 4))
+    ),
+    "all by name": lambda y, x: nn.functional.l1_loss(target=x, input=y, reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("adapters", [2, 4, 5])
+def test_forms_of_losses(form, adapters):
+    model = Own(lambda model, x: ModelOutput(loss=form(model.layer(x), x))).requires_grad_(False)
+    each = [lora(model, seed) for seed in range(adapters)]
+    losses = lf.vcall(model, lf.stack(each), X, chunk=3)
+    same(losses, torch.stack([lf.fcall(model, one, X) for one in each]))
+
+
+@pytest.mark.parametrize("config", [lf.Full, lf.LoRA])
+@pytest.mark.parametrize("frozen_base", [True, False])
+def test_compiled(config, frozen_base):
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(not frozen_base)
+    cfg = lf.Full(target_parameters="bias") if config is lf.Full else lf.LoRA(r=2)
+    each = [scramble(lf.init(model, cfg, seed=seed), seed) for seed in range(2)]
+    stacked = {key: leaf.detach() for key, leaf in lf.stack(each).items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s: lf.vcall(model, s, X), backend="eager", fullgraph=True)
+    same(compiled(stacked), lf.vcall(model, stacked, X))
+    assert "forward" not in vars(model[0])

@@ -15,10 +15,10 @@ from lora_func.runtime._layout import (
     present,
     remember,
 )
+from lora_func.runtime._losses import Rows
 from lora_func.runtime._overrides import ForwardOverride, check_used, override_forward
 from lora_func.runtime._patches import Patch, patched
 from lora_func.runtime._replacements import Replacement, replacements
-from lora_func.runtime._rows import Rows
 from lora_func.runtime._running import check_idle, eval_patches, skeleton
 from lora_func.runtime._settings import has_fast_path, settings_now
 from lora_func.runtime._site import Site

@@ -61,7 +61,9 @@ def tracker_of(
         for name, parameter in original.items():
             kept = replaced is not None and name in replaced.new
             if not kept and parameter is not None and parameter.requires_grad:
-                dict.__setitem__(tracker, name, parameter.detach())
+                detached: Any = parameter.detach()
+                detached.lent = None, parameter
+                dict.__setitem__(tracker, name, detached)
     tracker.original, tracker.source = original, source
     return tracker
 

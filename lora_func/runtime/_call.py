@@ -1,6 +1,5 @@
 """Calling a frozen model with an adapter."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -122,10 +121,8 @@ def adapted(
         ...     output = model(torch.ones(1, 4))
     """
     injected, calls = injection(model, [params], detaches=False), _Calls()
-    root = vars(uncompiled(model))
-    hooks = OrderedDict(root[PRE_HOOKS])
-    hooks[id(calls)] = calls
-    with injected.inside(), patched([(root, PRE_HOOKS, hooks)]):
+    hooks = vars(uncompiled(model))[PRE_HOOKS]
+    with injected.inside(), patched([(hooks, id(calls), calls)]):
         yield model
     was_called = calls.seen or set(injected.unused[0] or ()) != injected.layouts[0].keys
     if strict and was_called:

@@ -15,11 +15,11 @@ from lora_func.modules import original_parameters
 from lora_func.runtime._base import PartOfCall, tracker_of, trainable_parameters
 from lora_func.runtime._checkpoint import intercepted_checkpoints
 from lora_func.runtime._layout import ModelLayout, check_transformable, layout_of, present
-from lora_func.runtime._losses import LossPerAdapter
-from lora_func.runtime._overrides import ForwardOverride, override_forward
+from lora_func.runtime._losses import LossPerAdapter, Rows
+from lora_func.runtime._overrides import CallState, ForwardOverride, override_forward
 from lora_func.runtime._patches import Patch, patched
 from lora_func.runtime._replacements import Replacement, replacements
-from lora_func.runtime._rows import Part, PassThrough, Rows, StackedForward
+from lora_func.runtime._rows import Part, PassThrough, StackedForward
 from lora_func.runtime._running import ActiveCall, active, check_first, is_active
 from lora_func.runtime._settings import (
     cached_weights,
@@ -108,16 +108,20 @@ class Injection:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Inject the adapter; afterwards the model is what it was, whatever happened."""
-        again = is_active(self.origin)
-        with nullcontext() if again or self.losses is None else self.losses:
-            if torch.compiler.is_compiling():
-                with compiled_attention(), patched(self._compiled_patches()):
-                    yield
-            else:
-                with patched(self._patches()):
-                    yield
+        compiling, again = torch.compiler.is_compiling(), is_active(self.origin)
+        call = CallState(self.unused, None if compiling else self.losses)
+        patches = self._compiled_patches(call) if compiling else self._patches(call)
+        try:
+            with (
+                nullcontext() if again or self.losses is None else self.losses,
+                compiled_attention() if compiling else nullcontext(),
+                patched(patches),
+            ):
+                yield
+        finally:
+            call.live = False
 
-    def _patches(self) -> Iterator[tuple[Any, Any, Any]]:
+    def _patches(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
         yield from self.settings
         token, layout = object(), self.layouts[0]
         changed = frozenset[int]().union(*(layout.changed for layout in self.layouts))
@@ -130,7 +134,7 @@ class Injection:
             yield from cached_weights(module)
         replaced = {id(one.module): one for one in self.replaced}
         patches: list[tuple[Any, Any, Any]] = []
-        for module, path, kind, settings in self._overrides():
+        for module, path, kind, settings in self._overrides(call):
             own, _, source = patch = override_forward(module, path, kind, *settings)
             patches.append(patch)
             if kind is SingleForward or kind is StackedForward:
@@ -142,14 +146,14 @@ class Injection:
             tracker = tracker_of(one.module, self.detaches, None, one, self.unused[0])
             yield vars(one.module), PARAMETERS, tracker
 
-    def _compiled_patches(self) -> Iterator[tuple[Any, Any, Any]]:
-        for module, path, kind, settings in self._overrides():
+    def _compiled_patches(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
+        for module, path, kind, settings in self._overrides(call):
             yield override_forward(module, path, kind, *settings)
         for module, new, _ in self.replaced:
             own = original_parameters(module)
             yield from ((own, name, tensor) for name, tensor in new.items())
 
-    def _overrides(self) -> Iterator[Override]:
+    def _overrides(self, call: CallState) -> Iterator[Override]:
         """The modules that run another forward, and what they run."""
         rows = self.rows
         for path, reference in self.layouts[0].quantised:
@@ -158,20 +162,19 @@ class Injection:
                 yield module, path, ForwardOverride, ()
             elif module is not None:
                 yield module, path, PassThrough, (path, module, rows)
-        yield from self._single() if rows is None else self._stacked(rows)
+        yield from self._single(call) if rows is None else self._stacked(rows, call)
 
-    def _single(self) -> Iterator[Override]:
-        (layout,), (params,), (unused,) = self.layouts, self.adapters, self.unused
+    def _single(self, call: CallState) -> Iterator[Override]:
+        (layout,), (params,) = self.layouts, self.adapters
         for sites in layout.groups:
             site = sites[0]
             if not site.everywhere:
                 module = site.reference()
                 assert module is not None
-                yield module, site.path, SingleForward, (module, sites, params, unused)
+                yield module, site.path, SingleForward, (module, sites, params, call)
 
-    def _stacked(self, rows: Rows) -> Iterator[Override]:
+    def _stacked(self, rows: Rows, call: CallState) -> Iterator[Override]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}
-        losses = None if torch.compiler.is_compiling() else self.losses
         for i, layout in enumerate(self.layouts):
             for sites in layout.groups:
                 nowhere: list[Sequence[Site]] = [()] * len(self.layouts)
@@ -179,7 +182,7 @@ class Injection:
         for module, of_all in found.items():
             path = ", ".join({site.path: None for sites in of_all for site in sites})
             parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
-            yield module, path, StackedForward, (path, module, rows, parts, losses)
+            yield module, path, StackedForward, (path, module, rows, parts, call)
 
 
 def injection(
@@ -229,7 +232,7 @@ def injection(
         modules += [one.module for one in replaced]
         tracked = set() if compiling else {id(module) for module in modules}
         frozen = trainable_parameters(model, tracked, replaced)
-    losses = None if rows is None else LossPerAdapter(rows.adapters)
+    losses = None if rows is None else LossPerAdapter(rows)
     state = (unused, detaches, frozen, replaced, settings, losses, origin)
     return Injection(model, layouts, adapters, rows, *state)
 

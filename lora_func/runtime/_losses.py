@@ -5,7 +5,8 @@ while adapters share a call, the losses of ``torch.nn.functional`` split their r
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from inspect import signature
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,52 +32,74 @@ _LOSSES: frozenset[Loss] = frozenset(
         F.soft_margin_loss,
     }
 )
-_UNFLATTEN: Any = Tensor.unflatten
-_SPECIAL = _LOSSES | {_UNFLATTEN}
+_ARGUMENTS = {loss: tuple(signature(loss).parameters) for loss in _LOSSES}
+
+
+class Rows(NamedTuple):
+    """Which rows belong to which adapter.
+
+    Attributes:
+        sizes: The number of adapters in each stack.
+        batch: The number of rows of each adapter.
+    """
+
+    sizes: tuple[int, ...]
+    batch: int
+
+    @property
+    def adapters(self) -> int:
+        """The number of adapters."""
+        return sum(self.sizes)
 
 
 class LossPerAdapter(TorchFunctionMode):
     """Splits every loss of ``torch.nn.functional`` into one number for each adapter.
 
+    A loss is split if its rows are a multiple of the rows of all adapters.
+
     Attributes:
-        adapters: The number of adapters.
+        rows: Which rows belong to which adapter.
         split: The losses that were split, which an output may hold.
     """
 
-    def __init__(self, adapters: int) -> None:
+    def __init__(self, rows: Rows) -> None:
         super().__init__()
-        self.adapters = adapters
+        self.rows = rows
         self.split: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _SPECIAL:
-            if func is _UNFLATTEN:  # the compiler cannot follow it into its base class
-                return torch.unflatten(*args, **(kwargs or {}))
+        if func in _LOSSES:
             return self._split(func, args, kwargs or {})
+        if torch.compiler.is_compiling() and func is Tensor.unflatten:
+            # the compiler cannot follow the method into its base class
+            return torch.unflatten(*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _split(self, loss: Loss, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        settings = dict(kwargs)
-        given = [*args[:2], *(settings.pop(name) for name in ("input", "target")[len(args) :])]
-        rows, rest = given[0].shape[:1], [*args[2:]]
-        divides = rows and rows[0] % self.adapters == 0 and given[1].shape[:1] == rows
-        if not divides or kwargs.get("reduction") == "none":
-            return loss(*args, **kwargs)
-        weight = rest[0] if rest else settings.pop("weight", None)
-        by_row = loss not in _WEIGHTED_BY_CLASS and isinstance(weight, Tensor)
-        if by_row and weight.shape[:1] == rows:
-            given, rest = [*given, weight], rest[1:]
-        elif not rest and weight is not None:
-            settings["weight"] = weight
-        share = rows[0] // self.adapters
+        given: dict[str, Any] = {**dict(zip(_ARGUMENTS[loss], args, strict=False)), **kwargs}
+        rows, weight = given["input"].shape[:1], cast(Any, given.get("weight"))
+        divides = rows and rows[0] % (self.rows.adapters * max(self.rows.batch, 1)) == 0
+        if not divides or given["target"].shape[:1] != rows or given.get("reduction") == "none":
+            return loss(**given)
+        split = ["input", "target"]
+        by_row = weight is not None and loss not in _WEIGHTED_BY_CLASS
+        if by_row and weight.ndim == given["input"].ndim and weight.shape[:1] == rows:
+            split.append("weight")
+        share = rows[0] // self.rows.adapters
         # indexing K times would make K gradients of the full size
-        pieces = [value.reshape(self.adapters, share, *value.shape[1:]).unbind() for value in given]
-        each = [loss(*piece, *rest, **settings) for piece in zip(*pieces, strict=True)]
-        split = torch.stack(each)
-        self.split.append(split)
-        return split
+        pieces = [
+            given[name].reshape(self.rows.adapters, share, *given[name].shape[1:]).unbind()
+            for name in split
+        ]
+        each = [
+            loss(**{**given, **dict(zip(split, piece, strict=True))})
+            for piece in zip(*pieces, strict=True)
+        ]
+        together = torch.stack(each)
+        self.split.append(together)
+        return together
 
 
 class PausedMode:

@@ -1,15 +1,17 @@
 """What a module runs in place of its own forward while an adapter is injected."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_func.compat import OLD_FORWARD, tree_map_only, without_torch_function
+from lora_func.compat import IS_PARAMETER, OLD_FORWARD, tree_map_only, without_torch_function
 from lora_func.errors import BusyModelError, UnusedLeafError
+from lora_func.runtime._losses import LossPerAdapter
 from lora_func.weights import affine, is_packed, is_quantised, linear
 
 Forward: TypeAlias = Callable[..., Any]
@@ -32,6 +34,23 @@ def check_used(unused: Iterable[set[str] | None]) -> None:
             "them out of the adapter, or name the weight with target_parameters, or pass "
             "strict=False"
         )
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class CallState:
+    """What the overrides of one call share.
+
+    Attributes:
+        unused: For each adapter, the keys that nothing has used yet; None while compiling.
+        losses: The mode that splits losses by adapter, if several adapters share the call; an
+            adapted module computes no loss.
+        live: False after the call: an override that a shallow copy has kept then runs the
+            original forward.
+    """
+
+    unused: tuple[set[str] | None, ...]
+    losses: LossPerAdapter | None
+    live: bool = True
 
 
 class Uncopied:
@@ -104,23 +123,30 @@ def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:
 class AdaptedTensor(Tensor):
     """An adapted parameter that is computed when an operation needs its values.
 
-    Models often read only the dtype or the device of a weight, which must cost nothing.
+    Models often read only the dtype or the device of a weight, which must cost nothing. Its own
+    values are NaN, so that code which this class cannot see does not get the frozen ones.
 
     Attributes:
         compute: Computes the parameter.
         lookup: Runs ``torch.nn.functional.embedding`` on it; None, or a result of None, if the
             values are needed.
+        lent: The stored parameter, and the original one; a tracker stores them again.
     """
 
     compute: Callable[[], Tensor]
     lookup: Callable[..., Tensor | None] | None
+    lent: tuple[Any, Any]
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> Any:
+        """Make a parameter: accelerate calls the class of what it read."""
+        return nn.Parameter(data, requires_grad)
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function in _METADATA:
+        if function in _METADATA or (function in _CASTS and _keeps_no_values(args)):
             with without_torch_function():
                 return function(*args, **kwargs)
         if function is F.embedding:
@@ -132,13 +158,24 @@ class AdaptedTensor(Tensor):
         return function(*args, **kwargs)
 
 
+_PROPERTIES = ["shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "is_cpu"]
+_PROPERTIES += ["is_cuda", "is_meta", "is_sparse", "is_quantized", "requires_grad", "is_leaf"]
 _METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda")),
-    *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point),
     *(Tensor.get_device, Tensor.element_size, Tensor.is_complex, Tensor.__len__),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, Tensor.new_zeros),
+    *(Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
+    *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    *(torch.rand_like, torch.randn_like),
 }
+_CASTS = {Tensor.to, Tensor.type_as}
+
+
+def _keeps_no_values(args: Sequence[Any]) -> bool:
+    """True if a cast takes only the kind of its second argument, or goes to the meta device."""
+    to_meta = any(str(arg) == "meta" for arg in args[1:] if not isinstance(arg, Tensor))
+    return to_meta or not isinstance(args[0], AdaptedTensor)
 
 
 def adapted_tensor(
@@ -155,6 +192,8 @@ def adapted_tensor(
     """
     if stored is None or is_packed(stored):
         return stored
-    found = stored.detach().as_subclass(AdaptedTensor)
+    unknown = stored.detach().new_full((), torch.nan).expand(stored.shape)
+    found = unknown.as_subclass(AdaptedTensor)
     found.compute, found.lookup = compute, lookup
+    setattr(found, IS_PARAMETER, True)
     return found

@@ -9,29 +9,12 @@ from torch import Tensor, nn
 
 from lora_func.compat import tree_flatten, tree_unflatten
 from lora_func.errors import FoldError
-from lora_func.runtime._losses import LossPerAdapter, PausedMode
-from lora_func.runtime._overrides import Forward, ForwardOverride, adapted_tensor
+from lora_func.runtime._losses import PausedMode, Rows
+from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._site import Site
 from lora_func.runtime._sites import adapter_names, leaves_of, run_base, run_sites, runs_apply
 from lora_func.runtime._trees import joined, tensors_of
 from lora_func.weights import affine, mixes_rows
-
-
-class Rows(NamedTuple):
-    """Which rows belong to which adapter.
-
-    Attributes:
-        sizes: The number of adapters in each stack.
-        batch: The number of rows of each adapter.
-    """
-
-    sizes: tuple[int, ...]
-    batch: int
-
-    @property
-    def adapters(self) -> int:
-        """The number of adapters."""
-        return sum(self.sizes)
 
 
 class Part(NamedTuple):
@@ -59,18 +42,20 @@ class StackedForward(ForwardOverride):
         module: The module.
         rows: Which rows belong to which adapter.
         parts: What each stack does there.
-        losses: The mode that splits losses; an adapted module computes none.
+        call: The call.
     """
 
     path: str
     module: nn.Module
     rows: Rows
     parts: Sequence[Part]
-    losses: LossPerAdapter | None
+    call: CallState
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.call.live:
+            return self.original(*args, **kwargs)
         try:
-            with PausedMode(self.losses):
+            with PausedMode(self.call.losses):
                 return self._run(args, kwargs)
         except Exception as error:
             error.add_note(f"in the {adapter_names(s for part in self.parts for s in part.sites)}")
@@ -98,17 +83,14 @@ class StackedForward(ForwardOverride):
     def adapt(self, name: str, stored: Any) -> Any:
         """Refuse code outside the module that computes with an adapted parameter."""
         sites = [site for part in self.parts for site in part.sites]
-        replaced = {name for site in sites if site.claims for name in site.claims}
-        return adapted_tensor(stored, self._refuse) if name in (replaced or _ADAPTED) else stored
+        changes = self.call.live and any(name in site.changed_names for site in sites)
+        return adapted_tensor(stored, self._refuse) if changes else stored
 
     def _refuse(self) -> NoReturn:
         raise FoldError(
             f"{self.path}: the model reads this parameter past its module, where the rows of all "
             'adapters are together; leave it out, or pass fallback="loop"'
         )
-
-
-_ADAPTED = ("weight", "bias")
 
 
 @dataclass(slots=True, eq=False, repr=False)

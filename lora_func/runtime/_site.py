@@ -49,6 +49,13 @@ class Site:
     known: tuple[str, ...]
 
     @property
+    def changed_names(self) -> set[str]:
+        """The parameters of the module that the adapter changes."""
+        if self.claims is not None:
+            return self.claims
+        return {"weight"} if self.variant.bias is None else {"weight", "bias"}
+
+    @property
     def module(self) -> nn.Module:
         """The module."""
         module = self.reference()

@@ -12,7 +12,7 @@ from lora_func.compat import PARAMETERS
 from lora_func.modules import inner_parameters, original_parameters
 from lora_func.runtime._layout import ModelLayout
 from lora_func.runtime._operands import lookup, run_by_products, runs_by_products
-from lora_func.runtime._overrides import Forward, ForwardOverride, adapted_tensor
+from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._patches import patched
 from lora_func.runtime._site import Site
 from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias
@@ -147,19 +147,22 @@ class SingleForward(ForwardOverride):
         module: The module.
         sites: Its sites.
         params: The adapter.
-        unused: The keys that nothing has used; this removes those of its sites.
+        call: The call.
     """
 
     module: nn.Module
     sites: Sequence[Site]
     params: Mapping[str, Tensor]
-    unused: set[str] | None
+    call: CallState
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.call.live:
+            return self.original(*args, **kwargs)
         try:
-            if self.unused:
+            unused = self.call.unused[0]
+            if unused:
                 for site in self.sites:
-                    self.unused.difference_update(site.known)
+                    unused.difference_update(site.known)
             leaves = [leaves_of(site, self.params) for site in self.sites]
             return run_sites(self.sites, self.module, leaves, self.base, *args, **kwargs)
         except Exception as error:
@@ -168,9 +171,8 @@ class SingleForward(ForwardOverride):
 
     def adapt(self, name: str, stored: Any) -> Any:
         """Give code outside the module the adapted parameter in place of a stored one."""
-        if name in ("weight", "bias"):
-            return adapted_tensor(stored, lambda: self._adapted(name))
-        return stored
+        changes = self.call.live and any(name in site.changed_names for site in self.sites)
+        return adapted_tensor(stored, partial(self._adapted, name)) if changes else stored
 
     def _adapted(self, name: str) -> Tensor:
         own, new = inner_parameters(self.module), dict[str, Tensor]()

@@ -51,6 +51,30 @@ def check_batched_axes(batch: Any, adapters: int) -> None:
         )
 
 
+def rows_of(batch: Any, batched: bool) -> int:
+    """Count the rows of one adapter's batch.
+
+    Args:
+        batch: As for ``vcall``.
+        batched: Whether each adapter has its own batch.
+
+    Returns:
+        The common number of rows; a tensor with a single row is shared by all.
+
+    Raises:
+        FoldError: If the tensors have no common number of rows on their first axis.
+    """
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(arguments(batch)) if tensor.ndim]
+    counts = {shape[1 if batched else 0] for shape in shapes}
+    rows = max(counts, default=0)
+    if not counts or not counts <= {rows, 1}:
+        raise FoldError(
+            f"batch: tensors of shapes {shapes}; to be shared, all must have the same number of "
+            "rows on their first axis"
+        )
+    return rows
+
+
 def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]:
     """Lay the rows of all adapters one after another.
 
@@ -65,20 +89,11 @@ def fold_batch(batch: Any, adapters: int, batched: bool) -> tuple[Any, Any, int]
     Raises:
         FoldError: If the tensors have no common number of rows on their first axis.
     """
+    rows = rows_of(batch, batched)
     values, layout = tree_flatten(arguments(batch))
-    own = 1 if batched else 0
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.ndim]
-    shapes = [tuple(values[i].shape) for i in places]
-    counts = {shape[own] for shape in shapes}
-    # a single row for all, such as positions, is broadcast
-    rows = max(counts, default=0)
-    if not counts or not counts <= {rows, 1}:
-        raise FoldError(
-            f"batch: tensors of shapes {shapes}; to be shared, all must have the same number of "
-            "rows on their first axis"
-        )
-    for i in places:
-        value = values[i]
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor) or not value.ndim:
+            continue
         if batched:
             values[i] = value.expand(-1, rows, *value.shape[2:]).flatten(0, 1)
         elif value.shape[0] == rows:

@@ -22,11 +22,7 @@ from lora_func.runtime import (
     remember,
     tensors_of,
 )
-from lora_func.sweep._batching import (
-    copied,
-    of_adapter,
-    without_caches,
-)
+from lora_func.sweep._batching import copied, of_adapter, rows_of, without_caches
 from lora_func.sweep._comparison import difference
 from lora_func.sweep._fold import Sweep
 from lora_func.weights import packed, without_rounding
@@ -45,7 +41,8 @@ def verify(sweep: Sweep) -> None:
         RuntimeError: If the comparison would have to run inside ``torch.vmap``.
     """
     verdicts = layout_of(uncompiled(sweep.model), sweep.stacks[0]).verdicts
-    kind = (*map(frozenset, sweep.stacks), sweep.batched, _kind(sweep.batch))
+    rows = rows_of(sweep.batch, sweep.batched)
+    kind = (*map(frozenset, sweep.stacks), sweep.sizes, rows, sweep.batched, _kind(sweep.batch))
     if kind in verdicts:
         return
     if "Vmap" in active_transforms():
@@ -130,7 +127,7 @@ def _precision(sweep: Sweep) -> float:
     dtypes = {parameter.dtype for parameter in sweep.model.parameters()}
     dtypes |= {tensor.dtype for tensor in tensors_of(sweep.batch)}
     for kind in {parameter.device.type for parameter in sweep.model.parameters()}:
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
     quantised = layout_of(uncompiled(sweep.model), sweep.stacks[0]).quantised
     dtypes |= {packed(m, path).dtype for path, module in quantised if (m := module()) is not None}

@@ -17,7 +17,7 @@ Axes: TypeAlias = tuple[tuple[str, ...], ...]
 
 Shape: TypeAlias = tuple[int, ...]
 
-_WORD = re.compile(r"(\w+)([*/]\w+)*")
+_WORD = re.compile(r"(\w+)([*/]\w+)*", re.ASCII)
 
 
 def parse_axes(text: str) -> Axes:
