@@ -109,7 +109,7 @@ class Injection:
     def inside(self) -> Iterator[None]:
         """Inject the adapter; afterwards the model is what it was, whatever happened."""
         compiling, again = torch.compiler.is_compiling(), is_active(self.origin)
-        call = CallState(self.unused, None if compiling else self.losses)
+        call = CallState(self.unused[0], None if compiling else self.losses)
         patches = self._compiled_patches(call) if compiling else self._patches(call)
         try:
             with (

@@ -41,14 +41,14 @@ class CallState:
     """What the overrides of one call share.
 
     Attributes:
-        unused: For each adapter, the keys that nothing has used yet; None while compiling.
+        unused: The keys of the first adapter that nothing has used yet; None while compiling.
         losses: The mode that splits losses by adapter, if several adapters share the call; an
             adapted module computes no loss.
         live: False after the call: an override that a shallow copy has kept then runs the
             original forward.
     """
 
-    unused: tuple[set[str] | None, ...]
+    unused: set[str] | None
     losses: LossPerAdapter | None
     live: bool = True
 

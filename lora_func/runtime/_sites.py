@@ -159,7 +159,7 @@ class SingleForward(ForwardOverride):
         if not self.call.live:
             return self.original(*args, **kwargs)
         try:
-            unused = self.call.unused[0]
+            unused = self.call.unused
             if unused:
                 for site in self.sites:
                     unused.difference_update(site.known)
