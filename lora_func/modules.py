@@ -65,7 +65,7 @@ class Structure(NamedTuple):
                 children = children_of(module)
                 if (*children,) != names or (*map(id, children.values()),) != ids:
                     return False
-            elif vars(module).get(CHILDREN):
+            elif module.__dict__.get(CHILDREN):
                 return False
         return True
 
@@ -74,7 +74,7 @@ class Structure(NamedTuple):
         for reference, _, _ in self.places:
             module = reference()
             if module is not None:
-                own = vars(module).get(PARAMETERS)
+                own = module.__dict__.get(PARAMETERS)
                 for parameter in parameters_of(module).values() if own is None else own.values():
                     if parameter is not None and parameter.requires_grad:
                         return True

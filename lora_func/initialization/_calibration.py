@@ -143,21 +143,20 @@ class _Gather:
     def _patches(self, watch: Watch) -> Iterator[tuple[Any, Any, Any]]:
         for path, module in self.model.named_modules():
             if path in self.observers:
-                yield override_forward(module, path, _WatchedForward, path, watch)
+                yield override_forward(module, path, _WatchedForward, watch)
             elif is_quantised(module):
                 yield override_forward(module, path, ForwardOverride)
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class _WatchedForward(ForwardOverride):
-    site: str
     watch: Watch
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())
         y: Tensor = self.base(x)
         with torch.autocast(x.device.type, enabled=False):
-            replaced = self.watch(self.site, x, y)
+            replaced = self.watch(self.path, x, y)
         return y if replaced is None else replaced
 
 

@@ -47,7 +47,7 @@ def tracker_of(
     Returns:
         The tracker.
     """
-    original = vars(module).get(PARAMETERS)
+    original = module.__dict__.get(PARAMETERS)
     if type(original) is not dict:
         original = original_parameters(module)
     tracker: ReadTracker

@@ -109,7 +109,7 @@ class Injection:
     def inside(self) -> Iterator[None]:
         """Inject the adapter; afterwards the model is what it was, whatever happened."""
         compiling, again = torch.compiler.is_compiling(), is_active(self.origin)
-        call = CallState(self.unused[0], None if compiling else self.losses)
+        call = CallState(self.unused[0], self.adapters, None if compiling else self.losses)
         patches = self._compiled_patches(call) if compiling else self._patches(call)
         try:
             with (
@@ -133,17 +133,14 @@ class Injection:
         for module in present(layout.recurrent):
             yield from cached_weights(module)
         replaced = {id(one.module): one for one in self.replaced}
-        patches: list[tuple[Any, Any, Any]] = []
         for module, path, kind, settings in self._overrides(call):
             own, _, source = patch = override_forward(module, path, kind, *settings)
-            patches.append(patch)
+            yield patch
             if kind is SingleForward or kind is StackedForward:
                 one = replaced.pop(id(module), None) if replaced else None
-                tracker = tracker_of(module, self.detaches, source, one, self.unused[0])
-                patches.append((own, PARAMETERS, tracker))
-        yield from patches
+                yield own, PARAMETERS, tracker_of(module, self.detaches, source, one, call.unused)
         for one in replaced.values():
-            tracker = tracker_of(one.module, self.detaches, None, one, self.unused[0])
+            tracker = tracker_of(one.module, self.detaches, None, one, call.unused)
             yield vars(one.module), PARAMETERS, tracker
 
     def _compiled_patches(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
@@ -161,17 +158,16 @@ class Injection:
             if module is not None and rows is None:
                 yield module, path, ForwardOverride, ()
             elif module is not None:
-                yield module, path, PassThrough, (path, module, rows)
+                yield module, path, PassThrough, (rows,)
         yield from self._single(call) if rows is None else self._stacked(rows, call)
 
     def _single(self, call: CallState) -> Iterator[Override]:
-        (layout,), (params,) = self.layouts, self.adapters
-        for sites in layout.groups:
+        for sites in self.layouts[0].groups:
             site = sites[0]
             if not site.everywhere:
                 module = site.reference()
                 assert module is not None
-                yield module, site.path, SingleForward, (module, sites, params, call)
+                yield module, site.path, SingleForward, (sites, call)
 
     def _stacked(self, rows: Rows, call: CallState) -> Iterator[Override]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}
@@ -182,7 +178,7 @@ class Injection:
         for module, of_all in found.items():
             path = ", ".join({site.path: None for sites in of_all for site in sites})
             parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
-            yield module, path, StackedForward, (path, module, rows, parts, call)
+            yield module, path, StackedForward, (rows, parts, call)
 
 
 def injection(

@@ -1,8 +1,7 @@
 """What a module runs in place of its own forward while an adapter is injected."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -42,6 +41,7 @@ class CallState:
 
     Attributes:
         unused: The keys of the first adapter that nothing has used yet; None while compiling.
+        adapters: One adapter, or stacks of adapters.
         losses: The mode that splits losses by adapter, if several adapters share the call; an
             adapted module computes no loss.
         live: False after the call: an override that a shallow copy has kept then runs the
@@ -49,6 +49,7 @@ class CallState:
     """
 
     unused: set[str] | None
+    adapters: Sequence[Mapping[str, Tensor]]
     losses: LossPerAdapter | None
     live: bool = True
 
@@ -71,11 +72,23 @@ class ForwardOverride(Uncopied):
 
     Attributes:
         original: The forward that it replaces.
-        base: What the module runs without an adapter: the same, except for a quantised layer.
+        module: The module.
+        path: The module's path, for messages.
     """
 
     original: Forward
-    base: Forward
+    module: nn.Module
+    path: str
+
+    @property
+    def base(self) -> Forward:
+        """What the module runs without an adapter: the same, except for a quantised layer."""
+        if type(self.module) is nn.Linear or not is_quantised(self.module):
+            return self.original
+        return self._run_quantised
+
+    def _run_quantised(self, x: Tensor) -> Tensor:
+        return linear(x, affine(self.module, self.path))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
@@ -89,8 +102,8 @@ def override_forward(
     Args:
         module: The module.
         path: Its path, for messages.
-        kind: The override; called with the forward that it replaces, with what the module runs
-            without an adapter, and with the settings.
+        kind: The override; called with the forward that it replaces, the module, its path and the
+            settings.
         *settings: The settings.
 
     Returns:
@@ -99,7 +112,7 @@ def override_forward(
     Raises:
         TypeError: If the user's own function stands in the place of the forward.
     """
-    own: dict[str, Any] = vars(module)
+    own = module.__dict__
     slot = OLD_FORWARD if OLD_FORWARD in own else "forward"
     found = own.get(slot)
     if found is None:
@@ -111,13 +124,7 @@ def override_forward(
             f"{path}: its forward was replaced on the instance, by {found!r}, which would be "
             "bypassed; remove that, or leave an adapted site out of the adapter"
         )
-    plain = type(module) is nn.Linear or not is_quantised(module)
-    base = found if plain else partial(_run_quantised, path, module)
-    return own, slot, kind(found, base, *settings)
-
-
-def _run_quantised(path: str, module: nn.Module, x: Tensor) -> Tensor:
-    return linear(x, affine(module, path))
+    return own, slot, kind(found, module, path, *settings)
 
 
 class AdaptedTensor(Tensor):

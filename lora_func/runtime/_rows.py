@@ -38,15 +38,11 @@ class StackedForward(ForwardOverride):
     """Runs a module that several adapters share; all its arguments have rows on the first axis.
 
     Attributes:
-        path: The module's path, for messages.
-        module: The module.
         rows: Which rows belong to which adapter.
         parts: What each stack does there.
         call: The call.
     """
 
-    path: str
-    module: nn.Module
     rows: Rows
     parts: Sequence[Part]
     call: CallState
@@ -98,13 +94,9 @@ class PassThrough(ForwardOverride):
     """Runs a quantised module that several adapters share and none changes.
 
     Attributes:
-        path: The module's path, for messages.
-        module: The module.
         rows: Which rows belong to which adapter.
     """
 
-    path: str
-    module: nn.Module
     rows: Rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -144,15 +144,11 @@ class SingleForward(ForwardOverride):
     """Runs a module with one adapter.
 
     Attributes:
-        module: The module.
-        sites: Its sites.
-        params: The adapter.
+        sites: The module's sites.
         call: The call.
     """
 
-    module: nn.Module
     sites: Sequence[Site]
-    params: Mapping[str, Tensor]
     call: CallState
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,11 +159,15 @@ class SingleForward(ForwardOverride):
             if unused:
                 for site in self.sites:
                     unused.difference_update(site.known)
-            leaves = [leaves_of(site, self.params) for site in self.sites]
+            leaves = self._leaves()
             return run_sites(self.sites, self.module, leaves, self.base, *args, **kwargs)
         except Exception as error:
             error.add_note(f"in the {adapter_names(self.sites)}")
             raise
+
+    def _leaves(self) -> list[dict[str, Tensor]]:
+        (params,) = self.call.adapters
+        return [leaves_of(site, params) for site in self.sites]
 
     def adapt(self, name: str, stored: Any) -> Any:
         """Give code outside the module the adapted parameter in place of a stored one."""
@@ -176,9 +176,9 @@ class SingleForward(ForwardOverride):
 
     def _adapted(self, name: str) -> Tensor:
         own, new = inner_parameters(self.module), dict[str, Tensor]()
-        for site in self.sites:
+        for site, leaves in zip(self.sites, self._leaves(), strict=True):
             base = dense_parameters(site) if is_quantised(self.module) else own
-            new |= effective_parameters(site, base, leaves_of(site, self.params))
+            new |= effective_parameters(site, base, leaves)
         found: Tensor = new.get(name, own[name])
         return found
 
