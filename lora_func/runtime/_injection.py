@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ from lora_func.runtime._settings import (
 )
 from lora_func.runtime._site import Site
 from lora_func.runtime._sites import SingleForward, check_single_axes
-
-Override: TypeAlias = tuple[nn.Module, str, type[ForwardOverride], tuple[Any, ...]]
-"""A module, its path, what it runs, and the settings of that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,43 +130,43 @@ class Injection:
         for module in present(layout.recurrent):
             yield from cached_weights(module)
         replaced = {id(one.module): one for one in self.replaced}
-        for module, path, kind, settings in self._overrides(call):
-            own, _, source = patch = override_forward(module, path, kind, *settings)
+        for patch in self._overrides(call):
             yield patch
-            if kind is SingleForward or kind is StackedForward:
+            own, _, override = patch
+            if isinstance(override, (SingleForward, StackedForward)):
+                module = override.module
                 one = replaced.pop(id(module), None) if replaced else None
-                yield own, PARAMETERS, tracker_of(module, self.detaches, source, one, call.unused)
+                yield own, PARAMETERS, tracker_of(module, self.detaches, override, one, call.unused)
         for one in replaced.values():
             tracker = tracker_of(one.module, self.detaches, None, one, call.unused)
             yield vars(one.module), PARAMETERS, tracker
 
     def _compiled_patches(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
-        for module, path, kind, settings in self._overrides(call):
-            yield override_forward(module, path, kind, *settings)
+        yield from self._overrides(call)
         for module, new, _ in self.replaced:
             own = original_parameters(module)
             yield from ((own, name, tensor) for name, tensor in new.items())
 
-    def _overrides(self, call: CallState) -> Iterator[Override]:
-        """The modules that run another forward, and what they run."""
+    def _overrides(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
+        """The forwards that modules run in place of their own."""
         rows = self.rows
         for path, reference in self.layouts[0].quantised:
             module = reference()
             if module is not None and rows is None:
-                yield module, path, ForwardOverride, ()
+                yield override_forward(module, path, ForwardOverride)
             elif module is not None:
-                yield module, path, PassThrough, (rows,)
+                yield override_forward(module, path, PassThrough, rows)
         yield from self._single(call) if rows is None else self._stacked(rows, call)
 
-    def _single(self, call: CallState) -> Iterator[Override]:
+    def _single(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
         for sites in self.layouts[0].groups:
             site = sites[0]
             if not site.everywhere:
                 module = site.reference()
                 assert module is not None
-                yield module, site.path, SingleForward, (sites, call)
+                yield override_forward(module, site.path, SingleForward, sites, call)
 
-    def _stacked(self, rows: Rows, call: CallState) -> Iterator[Override]:
+    def _stacked(self, rows: Rows, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}
         for i, layout in enumerate(self.layouts):
             for sites in layout.groups:
@@ -178,7 +175,7 @@ class Injection:
         for module, of_all in found.items():
             path = ", ".join({site.path: None for sites in of_all for site in sites})
             parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
-            yield module, path, StackedForward, (rows, parts, call)
+            yield override_forward(module, path, StackedForward, rows, parts, call)
 
 
 def injection(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -71,14 +72,21 @@ class ForwardOverride(Uncopied):
     """A module's forward during a call: what the module runs without an adapter.
 
     Attributes:
-        original: The forward that it replaces.
+        replaced: The function on the instance that it replaces; None if that is the class's.
         module: The module.
         path: The module's path, for messages.
     """
 
-    original: Forward
+    replaced: Forward | None
     module: nn.Module
     path: str
+
+    @property
+    def original(self) -> Forward:
+        """The forward that it replaces."""
+        if self.replaced is not None:
+            return self.replaced
+        return partial(type(self.module).forward, self.module)
 
     @property
     def base(self) -> Forward:
@@ -102,7 +110,7 @@ def override_forward(
     Args:
         module: The module.
         path: Its path, for messages.
-        kind: The override; called with the forward that it replaces, the module, its path and the
+        kind: The override; called with the function that it replaces, the module, its path and the
             settings.
         *settings: The settings.
 
@@ -115,11 +123,9 @@ def override_forward(
     own = module.__dict__
     slot = OLD_FORWARD if OLD_FORWARD in own else "forward"
     found = own.get(slot)
-    if found is None:
-        found = module.forward
-    elif isinstance(found, ForwardOverride):
-        found = found.original
-    elif slot == "forward":
+    if isinstance(found, ForwardOverride):
+        found = found.replaced
+    elif found is not None and slot == "forward":
         raise TypeError(
             f"{path}: its forward was replaced on the instance, by {found!r}, which would be "
             "bypassed; remove that, or leave an adapted site out of the adapter"
