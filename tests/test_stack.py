@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
+from lora_func.variant import rank_of
 from tests.support.strategies import seeds
 
 
@@ -81,6 +82,13 @@ def test_one_table_of_ranks_for_each_site():
     stacked = lf.stack([made(model, 1), made(model, 1, rank_pattern={"^2": 3})])
     assert "0.lora._rank" not in stacked
     assert stacked["2.lora._rank"].tolist() == [1, 3]
+
+
+def test_the_rank_axes_of_one_leaf_agree():
+    square = lf.Variant("square", lf.LoRA, init=None, apply=None, leaves={"R": "r r"})
+    assert rank_of(square, {"R": torch.zeros(3, 3)}) == 3
+    with pytest.raises(ValueError, match="square: leaves of one site have different ranks"):
+        rank_of(square, {"R": torch.zeros(2, 3)})
 
 
 def test_what_cannot_be_stacked_is_refused():

@@ -187,7 +187,7 @@ def ranks_of(variant: Variant, adapters: Iterable[Mapping[str, Tensor]]) -> list
     axes, found = variant.rank_axes, []
     for leaves in adapters:
         ranks = {
-            leaf: leaves[leaf].shape[axis]
+            (leaf, axis): leaves[leaf].shape[axis]
             for leaf, places in axes.items()
             if leaf in leaves
             for axis in places
