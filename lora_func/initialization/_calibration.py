@@ -17,6 +17,7 @@ from lora_func.initialization._padding import last_rows, masks_of, real_rows, ro
 from lora_func.runtime import (
     ForwardOverride,
     LossFn,
+    Patch,
     arguments,
     eval_patches,
     has_fast_path,
@@ -140,7 +141,7 @@ class _Gather:
         with patched(self._patches(watch)):
             return self.model(*args, **kwargs)
 
-    def _patches(self, watch: Watch) -> Iterator[tuple[Any, Any, Any]]:
+    def _patches(self, watch: Watch) -> Iterator[Patch]:
         for path, module in self.model.named_modules():
             if path in self.observers:
                 yield override_forward(module, path, _WatchedForward, watch)

@@ -7,7 +7,7 @@ batches and their verification belong to ``sweep``.
 
 from lora_func.runtime._batch import LossFn, arguments, result
 from lora_func.runtime._call import adapted, call, fcall
-from lora_func.runtime._injection import Injection, injection
+from lora_func.runtime._injection import injection
 from lora_func.runtime._layout import (
     ModelLayout,
     check_single,
@@ -28,7 +28,6 @@ from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias
 
 __all__ = [
     "ForwardOverride",
-    "Injection",
     "LossFn",
     "ModelLayout",
     "Patch",

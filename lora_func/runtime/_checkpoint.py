@@ -72,7 +72,7 @@ _intercepted = RefCountedSetting[Any](lambda: _PLACE.get(_NAME, _ABSENT), _write
 
 def intercepted_checkpoints() -> Patch:
     """Return the patch during which checkpoints run with the injected adapter."""
-    return Patch(_intercepted, object(), True)
+    return _intercepted, object(), True
 
 
 def _with_adapter(call: ActiveCall, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

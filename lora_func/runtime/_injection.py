@@ -118,7 +118,7 @@ class Injection:
         finally:
             call.live = False
 
-    def _patches(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
+    def _patches(self, call: CallState) -> Iterator[Patch]:
         yield from self.settings
         token, layout = object(), self.layouts[0]
         changed = frozenset[int]().union(*(layout.changed for layout in self.layouts))
@@ -141,13 +141,13 @@ class Injection:
             tracker = tracker_of(one.module, self.detaches, None, one, call.unused)
             yield vars(one.module), PARAMETERS, tracker
 
-    def _compiled_patches(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
+    def _compiled_patches(self, call: CallState) -> Iterator[Patch]:
         yield from self._overrides(call)
         for module, new, _ in self.replaced:
             own = original_parameters(module)
             yield from ((own, name, tensor) for name, tensor in new.items())
 
-    def _overrides(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
+    def _overrides(self, call: CallState) -> Iterator[Patch]:
         """The forwards that modules run in place of their own."""
         rows = self.rows
         for path, reference in self.layouts[0].quantised:
@@ -158,7 +158,7 @@ class Injection:
                 yield override_forward(module, path, PassThrough, rows)
         yield from self._single(call) if rows is None else self._stacked(rows, call)
 
-    def _single(self, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
+    def _single(self, call: CallState) -> Iterator[Patch]:
         for sites in self.layouts[0].groups:
             site = sites[0]
             if not site.everywhere:
@@ -166,7 +166,7 @@ class Injection:
                 assert module is not None
                 yield override_forward(module, site.path, SingleForward, sites, call)
 
-    def _stacked(self, rows: Rows, call: CallState) -> Iterator[tuple[Any, Any, Any]]:
+    def _stacked(self, rows: Rows, call: CallState) -> Iterator[Patch]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}
         for i, layout in enumerate(self.layouts):
             for sites in layout.groups:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_func.compat import IS_PARAMETER, OLD_FORWARD, tree_map_only, without_torch_function
 from lora_func.errors import BusyModelError, UnusedLeafError
 from lora_func.runtime._losses import LossPerAdapter
+from lora_func.runtime._patches import Patch
 from lora_func.weights import affine, is_packed, is_quantised, linear
 
 Forward: TypeAlias = Callable[..., Any]
@@ -104,7 +105,7 @@ class ForwardOverride(Uncopied):
 
 def override_forward(
     module: nn.Module, path: str, kind: Callable[..., ForwardOverride], *settings: Any
-) -> tuple[dict[str, Any], str, Any]:
+) -> Patch:
     """Make the patch with which a module runs another forward.
 
     Args:

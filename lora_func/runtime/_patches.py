@@ -2,33 +2,26 @@
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 _ABSENT = object()
 
 Value = TypeVar("Value")
 
 
-class Patch(NamedTuple):
-    """A value to write for a while.
+Patch: TypeAlias = tuple[Any, Any, Any]
+"""A place, a key in it, and the value to write there for a while.
 
-    Attributes:
-        place: A dict, or an object with ``get``, ``pop`` and item assignment.
-        name: The key in it.
-        value: The value.
-    """
-
-    place: Any
-    name: Any
-    value: Any
+The place is a dict, or an object with ``get``, ``pop`` and item assignment.
+"""
 
 
 class patched:  # noqa: N801 - a context manager, used like a function
     """Apply patches, and restore what was there: once and completely, also after an interrupt."""
 
-    def __init__(self, patches: Iterable[tuple[Any, Any, Any]]) -> None:
+    def __init__(self, patches: Iterable[Patch]) -> None:
         self._patches = patches
-        self._found: list[tuple[Any, Any, Any]] = []
+        self._found: list[Patch] = []
 
     def __enter__(self) -> None:
         try:

@@ -104,9 +104,9 @@ def eval_patches(model: nn.Module, origin: object) -> Iterator[Patch]:
         Patches. A model that is running raises ``BusyModelError`` before its mode changes.
     """
     token, modules = object(), identities(model)
-    yield Patch(active, token, ActiveCall(modules, modules, origin))
+    yield active, token, ActiveCall(modules, modules, origin)
     check_first(token)
-    yield from (Patch(vars(module), "training", False) for module in model.modules())
+    yield from ((vars(module), "training", False) for module in model.modules())
 
 
 def check_idle(model: nn.Module, advice: str) -> None:

@@ -84,11 +84,11 @@ def settings_now(fast_path: bool) -> Iterator[Patch]:
     """
     token = object()
     if needs_math():
-        yield Patch(_math_attention, token, True)
+        yield _math_attention, token, True
     if "Vmap" in active_transforms():
-        yield Patch(_unread_masks, token, True)
+        yield _unread_masks, token, True
     if fast_path:
-        yield Patch(_called_attention, token, True)
+        yield _called_attention, token, True
 
 
 def compiled_attention() -> AbstractContextManager[Any]:
@@ -114,11 +114,11 @@ def transformable(model: nn.Module) -> Iterator[Patch]:
         hooks = forward_hooks_of(module)
         kept = {k: hook for k, hook in hooks.items() if not makes_inputs_require_grad(hook)}
         if len(kept) < len(hooks):
-            yield Patch(vars(module), HOOKS, OrderedDict(kept))
+            yield vars(module), HOOKS, OrderedDict(kept)
         config = getattr(module, "config", None)
         if math and getattr(config, EXPERTS_SETTING, None) not in (None, "batched_mm"):
-            yield Patch(vars(config), EXPERTS_SETTING, "batched_mm")
-        yield Patch(_AssignedTensors(), module, None)
+            yield vars(config), EXPERTS_SETTING, "batched_mm"
+        yield _AssignedTensors(), module, None
 
 
 class _AssignedTensors:
@@ -156,4 +156,4 @@ def cached_weights(module: nn.Module) -> Iterator[Patch]:
         Patches.
     """
     own = vars(module)
-    yield from (Patch(own, name, own[name]) for name in CACHED_WEIGHTS if name in own)
+    yield from ((own, name, own[name]) for name in CACHED_WEIGHTS if name in own)

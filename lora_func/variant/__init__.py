@@ -5,7 +5,7 @@ leaves, PEFT's format, how it is summed, and the settings with which it is tried
 themselves stand in ``variants``.
 """
 
-from lora_func.variant._axes import Axes, fit, parse_axes
+from lora_func.variant._axes import fit, parse_axes
 from lora_func.variant._peft_format import PeftFormat, PeftLeaf, matches_path
 from lora_func.variant._protocols import (
     ApplyFn,
@@ -23,7 +23,6 @@ from lora_func.variant._variant import Params, Trial, Variant, check_variant, ra
 
 __all__ = [
     "ApplyFn",
-    "Axes",
     "BiasFn",
     "ConcludeFn",
     "InitFn",

@@ -35,11 +35,9 @@ from lora_func.weights._layers import (
     restore_layout,
     weight_at,
 )
-from lora_func.weights._packed import Packed
 
 __all__ = [
     "Affine",
-    "Packed",
     "Weight",
     "affine",
     "bias_name",
