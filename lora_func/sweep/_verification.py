@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_func.adapter import parse
 from lora_func.compat import (
     active_transforms,
+    autocasts,
     tree_flatten,
     uncompiled,
 )
@@ -124,11 +125,9 @@ def _perturbed(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _precision(sweep: Sweep) -> float:
     """The largest epsilon of the dtypes that compute the output."""
-    dtypes = {parameter.dtype for parameter in sweep.model.parameters()}
-    dtypes |= {tensor.dtype for tensor in tensors_of(sweep.batch)}
-    for kind in {parameter.device.type for parameter in sweep.model.parameters()}:
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtypes.add(torch.get_autocast_dtype(kind))
+    parameters = [*sweep.model.parameters()]
+    dtypes = {tensor.dtype for tensor in [*parameters, *tensors_of(sweep.batch)]}
+    dtypes |= {torch.get_autocast_dtype(p.device.type) for p in parameters if autocasts(p)}
     quantised = layout_of(uncompiled(sweep.model), sweep.stacks[0]).quantised
     dtypes |= {packed(m, path).dtype for path, module in quantised if (m := module()) is not None}
     floats = [dtype for dtype in dtypes if dtype.is_floating_point]
