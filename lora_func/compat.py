@@ -164,7 +164,7 @@ CACHED_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile(model)`` wraps; any other module as it is."""
-    original = vars(model).get("_modules", {}).get("_orig_mod", model)
+    original = vars(model).get(CHILDREN, {}).get("_orig_mod", model)
     assert isinstance(original, nn.Module)
     return original
 
@@ -202,8 +202,8 @@ CHECKPOINT_PATCH = (vars(torch_checkpoint), "__dynamo_disable")
 # ----------------------------------------------------------------------- transformers, accelerate
 
 
-OLD_FORWARD = "_old_forward"
-"""The attribute of a module that holds its forward while accelerate's hooks stand in "forward"."""
+OLD_FORWARD, HF_HOOK = "_old_forward", "_hf_hook"
+"""Where accelerate keeps a module's forward while a hook stands in its place, and that hook."""
 
 
 def masking_module() -> Any:

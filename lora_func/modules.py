@@ -6,7 +6,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from lora_func.compat import CHILDREN, PARAMETERS, children_of, parameters_of
+from lora_func.compat import CHILDREN, PARAMETERS, children_of, parameters_of, uncompiled
 
 
 def find_site(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
@@ -33,6 +33,19 @@ def find_site(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
     if module is None or parameters_of(module).get(name) is None:
         raise KeyError(f"the model has no module and no parameter {path!r}")
     return module, name
+
+
+def called_model(model: nn.Module) -> nn.Module:
+    """Return the module to call: data parallelism serves the module's own gradients alone."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model inside of torch's wrappers, whose paths are those of an adapter's keys."""
+    inner = called_model(uncompiled(model))
+    return model if inner is model else inner_model(inner)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -146,6 +159,10 @@ class ReadTracker(dict[str, Any]):
         Code that swaps a parameter gives back what it read, which is not the original.
         """
         stored, original = getattr(value, "lent", (value, value))
+        before = self.original.get(name)
+        # what a hook loads in place of a parameter that lost its gradient for the call
+        if value is original and before is not None and before.requires_grad:
+            original = original if original.requires_grad else nn.Parameter(original.data)
         dict.__setitem__(self, name, value if stored is None else stored)
         self.original[name] = original
 
@@ -176,6 +193,12 @@ class ReplacedParameters(ReadTracker):
         """Return a stored parameter, and note that it was used."""
         self.unused.difference_update(self.used_by.get(name, ()))
         return dict.__getitem__(self, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Store a parameter, unless a hook loads the one that is replaced."""
+        before = self.original.get(name)
+        if name not in self.used_by or before is None or not before.is_meta:
+            super().__setitem__(name, value)
 
 
 def original_parameters(module: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, and a worker on each core
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest

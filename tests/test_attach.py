@@ -247,7 +247,7 @@ def test_what_is_refused():
     steering = lf.init(model, lf.SSteer(mode="add"), data=pairs)
     with pytest.raises(TypeError, match=r"q_proj: ssteer_add is not linear in x .* adapted"):
         lf.attach(model, steering)
-    with pytest.raises(ValueError, match="is a stack; take its adapters one by one"):
+    with pytest.raises(ValueError, match="is a stack of 2 adapters; take them one by one"):
         lf.attach(model, lf.stack([params, params]))
     with pytest.raises(ValueError, match=r"q_proj\.lora\.C: lora has no such leaf"):
         lf.attach(model, params | {"model.layers.0.self_attn.q_proj.lora.C": torch.ones(1)})

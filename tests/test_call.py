@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -375,7 +376,7 @@ def test_keys_that_fit_nothing():
         with pytest.raises(KeyError, match=message):
             lf.fcall(model, {key: leaf}, x)
     with pytest.raises(ValueError, match="0: adapted twice, by lora at '0' and by full"):
-        lf.fcall(model, {"0.lora.A": leaf, "0.full.weight": leaf}, x)
+        lf.fcall(model, adapter(model, r=2) | {"0.full.weight": leaf}, x)
 
 
 def test_an_error_inside_a_site_names_it():
@@ -384,7 +385,7 @@ def test_an_error_inside_a_site_names_it():
     with pytest.raises(RuntimeError, match="in the lora adapter of '2'"):
         lf.fcall(model, params | {"2.lora.A": torch.zeros(2, 5)}, x)
     del params["0.lora.B"]
-    with pytest.raises(KeyError, match="in the lora adapter of '0'"):
+    with pytest.raises(ValueError, match=r"0\.lora\.B: this leaf is missing; .*\*\*constants"):
         lf.fcall(model, params, x)
 
 
@@ -583,6 +584,54 @@ def test_an_offloaded_model():
         torch.testing.assert_close(lf.fcall(model, params, x), expected)
         torch.testing.assert_close(lf.vcall(model, lf.stack([params, params]), x), looped)
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_offloaded_model_is_read_where_its_weights_are(requires_grad, tmp_path):
+    model, x = mlp().requires_grad_(requires_grad), torch.randn(3, 4)
+    cfg = [lf.DoRA(r=2, target_modules="0"), lf.Full(target_parameters="2.bias")]
+    params = scramble(lf.init(model, cfg))
+    expected, merged, fresh = (
+        lf.fcall(model, params, x),
+        lf.merge(model, params),
+        lf.init(model, cfg),
+    )
+    as_lora = lf.to_lora(params, model, 3, tol=1).params
+    lf.save(params, tmp_path / "a", model=model)
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(lf.fcall(model, params, x), expected)
+    grads = torch.func.grad(lambda p: lf.fcall(model, p, x).sum())(params)
+    assert grads["0.dora.B"].any()
+    again = lf.load(tmp_path / "a", model=model)
+    lf.save(params, tmp_path / "b", model=model)
+    for found, wanted in (
+        (again, params),
+        (lf.merge(model, params), merged),
+        (lf.init(model, cfg), fresh),
+        (lf.to_lora(params, model, 3, tol=1).params, as_lora),
+    ):
+        assert {*found} == {*wanted}
+        assert all(torch.equal(found[key], leaf) for key, leaf in wanted.items())
+    assert all(p.is_meta and p.requires_grad is requires_grad for p in model.parameters())
+
+
+def test_data_parallel_wrappers_are_looked_through():
+    model, x = mlp(), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert [*lf.init(wrapped, lf.LoRA(r=2))] == [*lf.init(model, lf.LoRA(r=2))]
+        for _ in range(2):
+            y = lf.fcall(wrapped, params, x)
+            y.sum().backward()
+            torch.testing.assert_close(y, lf.fcall(model, params, x))
+    finally:
+        dist.destroy_process_group()
+    compiled = torch.compile(nn.DataParallel(model), backend="eager")
+    assert [*lf.find_targets(compiled, lf.LoRA())] == [*lf.find_targets(model, lf.LoRA())]
+    torch.testing.assert_close(lf.fcall(compiled, params, x), lf.fcall(model, params, x))
 
 
 def test_a_layer_that_is_only_read_has_no_part():

@@ -20,6 +20,7 @@ import lora_func as lf
 from lora_func.files import _container
 from lora_func.files._container import ENTRY
 from lora_func.files._fingerprint import fingerprint
+from lora_func.runtime import _layout
 from tests.support.cases import CASES
 from tests.support.families import EACH_FAMILY
 from tests.support.models import batch_for, make, scramble
@@ -519,8 +520,10 @@ def test_a_training_state_is_strict_too(tmp_path):
         lf.load_training_state(path)
     with pytest.raises(ValueError, match="params: got no adapter"):
         lf.save_training_state([], optimizer, path, step=0)
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(TypeError, match=r"extra\.a is a object; accepted are tensors, numbers"):
         lf.save_training_state(params, optimizer, path, step=0, extra={"a": object()})
+    with pytest.raises(TypeError, match=r"extra: the name b'a' is a bytes; .* or tuples of these"):
+        lf.save_training_state(params, optimizer, path, step=0, extra={b"a": 1})
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -529,3 +532,75 @@ def test_a_file_has_the_permissions_of_others(tmp_path):
     lf.save(lora(), tmp_path / "a")
     (tmp_path / "b").write_bytes(b"")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_training_state_keeps_any_names_apart(tmp_path):
+    params = lora()
+    optimizer = torch.optim.AdamW(lf.partition(params)[0].values())
+    numbers = (torch.tensor(float(i)) for i in range(100))
+    extra = {
+        "a.b": next(numbers),
+        "a": {"b": next(numbers), "": next(numbers)},
+        "": [next(numbers), {"0": next(numbers)}],
+        "c": {1: next(numbers), "1": next(numbers), None: 2.5, (1, "a"): [None]},
+        "__tensor__": "optimizer.1",
+        "d": {"__tensor__": "x"},
+        "e": {"__pairs__": [[1, 2]]},
+    }
+    lf.save_training_state(params, optimizer, tmp_path / "a", step=1, extra=extra)
+    assert str(lf.load_training_state(tmp_path / "a").extra) == str(extra)
+
+
+def test_a_head_with_other_values_is_the_same_base(tmp_path):
+    base, other, path = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), None, tmp_path / "a"
+    other = nn.Sequential(base[0], nn.Linear(4, 2))
+    cfg = [lf.LoRA(r=2, target_modules="0"), lf.Full(target_parameters=r"^1\.")]
+    params = scramble(lf.init(base, cfg))
+    lf.save(params, path, model=base)
+    x = torch.ones(3, 4)
+    assert torch.equal(lf.fcall(other, lf.load(path, model=other), x), lf.fcall(base, params, x))
+    with pytest.raises(lf.AdapterFileError, match=r"1 of its weights differ:\n  0\.weight"):
+        lf.load(path, model=nn.Sequential(nn.Linear(4, 4), base[1]))
+    with pytest.raises(lf.AdapterFileError, match=r"full\.weight: got shape"):
+        lf.load(path, model=nn.Sequential(base[0], nn.Linear(4, 3)))
+
+
+def test_leaves_are_loaded_where_the_sites_are(tmp_path, monkeypatch):
+    model, path = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), tmp_path / "a"
+    cfg = [lf.VeRA(r=2, target_modules="1"), lf.Full(target_parameters="0.bias")]
+    params = lf.init(model, cfg)
+    lf.save(params, path)
+    assert {leaf.device.type for leaf in lf.load(path, model=model).values()} == {"cpu"}
+    devices = {model[0]: torch.device("cuda:0"), model[1]: torch.device("cuda:1")}
+    monkeypatch.setattr(_layout, "device_of_module", lambda module, name: devices[module])
+    assert {key: d.index for key, d in _layout.devices_of(params, model).items()} == {
+        key: 0 if key.startswith("0") else 1 for key in params
+    }
+
+
+KILLED = """
+import os, sys, torch, lora_func as lf
+from lora_func.files import _container
+_container.os.replace = lambda *_: os.kill(os.getpid(), 9)
+lf.save(lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2)), sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    for one in (path, other):
+        subprocess.run([sys.executable, "-c", KILLED, str(one)], check=False)
+    alive = replace_with_process(next(tmp_path.iterdir()), os.getpid())
+    assert len([*tmp_path.iterdir()]) == 3
+    lf.save(lora(), path)
+    lf.save(lora(), other)
+    assert {*tmp_path.iterdir()} == {path, other, alive}
+
+
+def replace_with_process(temporary, process):
+    """Copy a temporary file as if a living process were writing it."""
+    parts = temporary.name.split(".")
+    copy = temporary.with_name(".".join([*parts[:3], str(process), *parts[4:]]))
+    copy.write_bytes(temporary.read_bytes())
+    return copy

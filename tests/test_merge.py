@@ -125,7 +125,9 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match=r"q_proj: ssteer_add is not linear in x .* adapted"):
         lf.merge(model, steering)
     params = lf.init(model, lf.LoRA(r=2))
-    with pytest.raises(lf.UnusedLeafError, match=r"q_proj\.lora\.C"):
+    with pytest.raises(ValueError, match=r"q_proj\.lora\.C: lora has no such leaf"):
         lf.merge(model, params | {"model.layers.0.self_attn.q_proj.lora.C": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"is a stack of 2 adapters; .* one by one, from unstack"):
+        lf.merge(model, {key: leaf.detach() for key, leaf in lf.stack([params, params]).items()})
     with pytest.raises(ValueError, match="tied: got 'maybe'"):
         lf.merge(model, params, tied="maybe")

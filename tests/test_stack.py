@@ -107,7 +107,13 @@ def test_what_cannot_be_stacked_is_refused():
         lf.stack([lf.stack([one, other])] * 2)
     with pytest.raises(ValueError, match="lora: leaves of one site have different ranks"):
         lf.stack([one | {"0.lora.A": other["0.lora.A"]}])
-    with pytest.raises(ValueError, match="is this a single adapter"):
+    with pytest.raises(ValueError, match=r"0\.lora\.A: got shape .* is that of one.*stack\("):
         lf.unstack(one)
-    with pytest.raises(ValueError, match="first axes set"):
+    gains = lf.init(nn.Sequential(nn.Linear(4, 4)), lf.IA3())
+    with pytest.raises(ValueError, match=r"0\.ia3\.g: got shape \(4,\), which is that of one"):
+        lf.unstack(gains)
+    with pytest.raises(ValueError, match=r"leaves have the first axes \{\}, expected one"):
         lf.unstack({})
+    twice = lf.stack([one, one])
+    with pytest.raises(ValueError, match=r"first axes \{2: '0\.lora\.A', 3: '2\.lora\.A'\}"):
+        lf.unstack({**twice, "2.lora.A": torch.zeros(3, 2, 4)})

@@ -626,10 +626,16 @@ def test_tied_parameters_are_refused_and_looped():
 def test_wrong_arguments():
     model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
     one = lora(model)
-    with pytest.raises(ValueError, match="is this a single adapter"):
+    with pytest.raises(ValueError, match=r"0\.lora\.A: got shape \(2, 4\).* vcall\(model, stack\("):
         lf.vcall(model, one, X)
-    with pytest.raises(ValueError, match="stacked: got no adapter"):
-        lf.vcall(model, [], X)
+    for none in ([], [{}], {}):
+        with pytest.raises(ValueError, match="adapters: got no adapter"):
+            lf.vcall(model, none, X)
+    for wrong in ([one["0.lora.A"]], one["0.lora.A"], "abc"):
+        with pytest.raises(TypeError, match=r"adapters: got a .*, expected an adapter or a stack"):
+            lf.vcall(model, wrong, X)
+    with pytest.raises(ValueError, match=r"0\.lora\._scale: this leaf is missing; .*\*\*trained"):
+        lf.vcall(model, lf.partition(lf.stack([one, one]))[0], X)
     stacked = lf.stack([one, one])
     for name in ("chunk", "check", "fallback"):
         with pytest.raises(ValueError, match=f"{name}: got 0"):
@@ -643,7 +649,7 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("as_stack", [False, True])
 def test_gradients_are_clipped_for_each_adapter(as_stack):
-    leaves = {"a.delora.lambda": torch.zeros(()), "a.delora.B": torch.zeros(7)}
+    leaves = {"a.delora.lambda": torch.zeros(()), "a.delora.B": torch.zeros(7, 1)}
     adapters = [{key: leaf.clone() for key, leaf in leaves.items()} for _ in range(3)]
     for k, one in enumerate(adapters):
         for leaf in one.values():
@@ -666,6 +672,64 @@ def test_gradients_are_clipped_for_each_adapter(as_stack):
         same(size, torch.tensor(20.0))
     with pytest.raises(ValueError, match="max_norm: got -1"):
         lf.clip_grad_norm(adapters, -1)
+
+
+def with_gradients(model, cfg, count=None):
+    each = [lf.init(model, cfg, seed=seed) for seed in range(count or 1)]
+    params = lf.stack(each) if count else each[0]
+    leaves = {key: leaf.detach().requires_grad_(leaf.requires_grad) for key, leaf in params.items()}
+    for leaf in lf.partition(leaves)[0].values():
+        leaf.grad = torch.ones_like(leaf)
+    return leaves
+
+
+def norm_of(params):
+    return torch.cat([leaf.grad.flatten() for leaf in lf.partition(params)[0].values()]).norm()
+
+
+def test_what_is_clipped_together():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    head = lf.Full(target_parameters="1.weight")
+    for cfg in (lf.IA3(), lf.LoRA(r=2), [lf.LoRA(r=2, target_modules="0"), head]):
+        one, other = with_gradients(model, cfg), with_gradients(model, cfg)
+        norms = lf.clip_grad_norm(one, 1.0)
+        same(norms, norm_of(other)[None])
+        same(norm_of(one), torch.tensor(1.0))
+        stacks = [with_gradients(model, cfg, 2), with_gradients(model, cfg, 3)]
+        norms = lf.clip_grad_norm([*stacks, other], 1.0)
+        same(norms, norm_of(with_gradients(model, cfg)).expand(6))
+        same(norm_of(stacks[1]), torch.tensor(3.0).sqrt())
+        same(norm_of(other), torch.tensor(1.0))
+
+
+def test_what_is_not_clipped():
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    cfg = lf.Full(target_parameters="weight")
+    one, stacked = with_gradients(model, cfg), with_gradients(model, cfg, 2)
+    with pytest.raises(ValueError, match=r"0\.full\.weight: only the model tells .* pass model="):
+        lf.clip_grad_norm(one, 1.0)
+    assert lf.clip_grad_norm(one, 1.0, model=model).shape == (1,)
+    assert lf.clip_grad_norm([stacked, one], 1.0, model=model).shape == (3,)
+    with pytest.raises(ValueError, match=r"no leaf has a gradient; call backward"):
+        lf.clip_grad_norm(lora(model), 1.0)
+    with pytest.raises(TypeError, match=r"adapters: got a dict_values|got a Tensor"):
+        lf.clip_grad_norm(one.values(), 1.0)
+    with pytest.raises(ValueError, match=r"first axes"):
+        lf.clip_grad_norm(one | with_gradients(model, lf.LoRA(r=2), 3), 1.0)
+
+
+def test_a_list_of_adapters_and_stacks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).requires_grad_(False)
+    a, b = lora(model, 0), lora(model, 1)
+    gain, wide = scramble(lf.init(model, lf.IA3())), scramble(lf.init(model, lf.LoRA(r=3)))
+    found = lf.vcall(model, [a, wide, lf.stack([b, a]), gain, b], X)
+    same(found, torch.stack([lf.fcall(model, one, X) for one in (a, wide, b, a, gain, b)]))
+    leaf = b["0.lora.B"]
+    (gradient,) = torch.autograd.grad(found[2].sum(), leaf, retain_graph=True)
+    assert gradient.any()
+    other = nn.Linear(4, 4, bias=False)
+    head = lf.init(other, lf.Full(target_parameters="weight"))
+    same(lf.vcall(other, [head, head], X), lf.fcall(other, head, X).expand(2, -1, -1))
 
 
 def test_a_default_device_changes_nothing():

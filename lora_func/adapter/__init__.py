@@ -6,8 +6,8 @@ Functions here work on the dict alone, or read weights by their paths. What runs
 
 from lora_func.adapter._combine import combine
 from lora_func.adapter._keys import RANK, SHARED, Key, as_trainable, group, parse, partition
-from lora_func.adapter._schema import check_leaves, check_site
-from lora_func.adapter._stack import size_of, stack, unstack
+from lora_func.adapter._schema import check_leaves, check_required, check_site
+from lora_func.adapter._stack import is_stack, size_of, stack, unstack
 from lora_func.adapter._summary import summary
 
 __all__ = [
@@ -16,9 +16,11 @@ __all__ = [
     "Key",
     "as_trainable",
     "check_leaves",
+    "check_required",
     "check_site",
     "combine",
     "group",
+    "is_stack",
     "parse",
     "partition",
     "size_of",

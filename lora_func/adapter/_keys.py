@@ -93,15 +93,19 @@ def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
     return {key: leaf for key, leaf in params.items() if key not in constants}, constants
 
 
-def as_trainable(leaves: Mapping[str, Tensor], device: str | torch.device | None = None) -> Params:
+def as_trainable(
+    leaves: Mapping[str, Tensor],
+    device: str | torch.device | Mapping[str, torch.device] | None = None,
+) -> Params:
     """Return leaves in the form that ``init`` gives: trained leaves require grad.
 
     Args:
         leaves: The leaves; the result may share their memory.
-        device: The device of the result; None keeps each leaf where it is.
+        device: The device of the result, or of each leaf by its key; None keeps each where it is.
     """
+    devices = device if isinstance(device, Mapping) else dict.fromkeys(leaves, device)
     with torch.inference_mode(False):
         return {
-            key: leaf.detach().to(device).requires_grad_(not parse(key).is_constant)
+            key: leaf.detach().to(devices[key]).requires_grad_(not parse(key).is_constant)
             for key, leaf in leaves.items()
         }

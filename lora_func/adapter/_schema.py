@@ -1,6 +1,6 @@
 """The check of leaves against their variants: which leaves there are, and in which shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.adapter._keys import RANK, SHARED, Key, group, parse
-from lora_func.compat import parameters_of, uncompiled
-from lora_func.modules import find_site
+from lora_func.compat import parameters_of
+from lora_func.modules import find_site, inner_model
 from lora_func.variant import Variant, fit
 from lora_func.variants import by_name
 from lora_func.weights import Affine, weight_at
@@ -39,7 +39,7 @@ def check_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"{key}: got {found}, expected a floating-point tensor")
-    model = None if model is None else uncompiled(model)
+    model = None if model is None else inner_model(model)
     stacks: dict[Shape, str] = {}
     runs: set[Any] = set()
     for (site, name), keys in group(params).items():
@@ -85,8 +85,7 @@ def check_site(
     Raises:
         ValueError: If a leaf is missing or unknown, or a shape does not fit.
     """
-    if missing := variant.required - shapes.keys():
-        raise ValueError(f"{where}{min(missing)}: this leaf is missing")
+    check_required(where, variant, shapes)
     if extra := shapes.keys() - variant.axes.keys():
         raise ValueError(
             f"{where}{min(extra)}: {variant.name} has no such leaf, but {[*variant.axes]}"
@@ -101,6 +100,24 @@ def check_site(
     if first[len(first) - len(of_stack) :] != tuple(of_stack):
         raise ValueError(f"{where}: leaves have leading axes {first}, the weight {(*of_stack,)}")
     return first[: len(first) - len(of_stack)]
+
+
+def check_required(where: str, variant: Variant, leaves: Collection[str]) -> None:
+    """Check that a site has all leaves that its variant requires.
+
+    Args:
+        where: What messages put in front of a leaf's name.
+        variant: The site's variant.
+        leaves: The names of its leaves.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if missing := variant.required.difference(leaves):
+        raise ValueError(
+            f"{where}{min(missing)}: this leaf is missing; {{**trained, **constants}} joins what "
+            "partition split, and init and load give all leaves"
+        )
 
 
 def _fronts(

@@ -74,7 +74,7 @@ def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
         K adapters, as differentiable copies; ``unstack(stack(adapters))`` equals ``adapters``.
 
     Raises:
-        ValueError: If the leaves have no common first axis.
+        ValueError: If it is one adapter, or the leaves have no common first axis.
 
     Example:
         >>> import torch, lora_func as lf
@@ -97,16 +97,50 @@ def size_of(stacked: Mapping[str, Tensor]) -> int:
     """Return the number of adapters in a stack.
 
     Raises:
-        ValueError: If the leaves have no common first axis.
+        ValueError: If it is one adapter, or the leaves have no common first axis.
     """
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in stacked.values()}
-    size = next(iter(sizes), None)
-    if len(sizes) != 1 or size is None:
+    for key, leaf in stacked.items():
+        if _is_of_one_adapter(key, leaf):
+            raise ValueError(
+                f"{key}: got shape {tuple(leaf.shape)}, which is that of one adapter, expected a "
+                "stack; stack([params]) makes one"
+            )
+    sizes: dict[int, str] = {}
+    for key, leaf in stacked.items():
+        sizes.setdefault(leaf.shape[0], key)
+    if len(sizes) != 1:
         raise ValueError(
-            f"stacked: leaves have first axes {sizes}, expected one; is this a single adapter? "
-            "stack([...]) makes a stack of several"
+            f"stacked: leaves have the first axes {sizes}, expected one number of adapters; "
+            "stack([...]) makes a stack of several adapters"
         )
-    return size
+    return next(iter(sizes))
+
+
+def is_stack(params: Mapping[str, Tensor]) -> bool:
+    """Tell a stack from an adapter by its leaves alone.
+
+    Returns:
+        True if all leaves have one axis more than their variants name, as those of an adapter of
+        stacked experts alone have too.
+
+    Raises:
+        ValueError: If all leaves are parameters, whose axes only the model tells.
+    """
+    if any(parse(key).leaf == RANK for key in params):
+        return True
+    if not any(by_name(parse(key).variant).axes for key in params):
+        raise ValueError(
+            f"{next(iter(params))}: only the model tells whether this leaf is of an adapter or of "
+            "a stack; pass model="
+        )
+    return not any(_is_of_one_adapter(key, leaf) for key, leaf in params.items())
+
+
+def _is_of_one_adapter(key: str, leaf: Tensor) -> bool:
+    """True if a leaf has the axes that its variant names, and no axis of a stack in front."""
+    own = parse(key)
+    counts = {len(words) for words in by_name(own.variant).axes.get(own.leaf, ())}
+    return not leaf.ndim or (leaf.ndim in counts and leaf.ndim - 1 not in counts)
 
 
 def _check_same_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lora_func.adapter._keys import group, partition
-from lora_func.compat import uncompiled
+from lora_func.modules import inner_model
 from lora_func.variant import Variant, rank_of
 from lora_func.variants import by_name
 from lora_func.weights import numel_of, weight_at
@@ -78,7 +78,7 @@ def _norm(
         return None
     if model is None:
         return variant.delta_norm(leaves, None)
-    d_out, d_in = weight_at(uncompiled(model), site).weight.shape[-2:]
+    d_out, d_in = weight_at(inner_model(model), site).weight.shape[-2:]
     return variant.delta_norm(leaves, (d_out, d_in))
 
 

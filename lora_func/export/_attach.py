@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_func.compat import parameters_of, uncompiled
-from lora_func.modules import shared_parameters
+from lora_func.compat import parameters_of
+from lora_func.modules import inner_model, shared_parameters
 from lora_func.runtime import (
     Site,
     adapted_bias,
@@ -174,7 +174,7 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
         >>> list(handle.params())
         ['0.lora.A', '0.lora.B', '0.lora._scale']
     """
-    model = uncompiled(model)
+    model = inner_model(model)
     check_idle(model, "attach when it is not")
     if any(isinstance(module, _View) for module in model.modules()):
         raise ValueError("model: has an adapter attached; remove that first")

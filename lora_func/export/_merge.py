@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.checks import check_choice
-from lora_func.compat import uncompiled
-from lora_func.modules import original_parameters, shared_parameters
-from lora_func.runtime import Replacement, Site, check_used, layout_of, replacements
-from lora_func.weights import affine, dense, is_quantised
+from lora_func.modules import inner_model, original_parameters, shared_parameters
+from lora_func.runtime import Replacement, Site, check_single, replacements
+from lora_func.weights import affine, dense, is_quantised, loaded
 
 
 def merge(
@@ -37,9 +36,8 @@ def merge(
         KeyError: If a key names no module or parameter of the model, or no variant.
         TypeError: If a variant has no weight, because it is not linear in x, or a weight is
             computed when it is read.
-        ValueError: If a tied weight would be untied or is adapted at two places, two variants name
-            one module, or a leaf has another shape than its parameter.
-        UnusedLeafError: If a variant has no such leaf.
+        ValueError: If params is a stack, a leaf is missing, unknown or of another shape, a tied
+            weight would be untied or is adapted at two places, or two variants name one module.
 
     Example:
         >>> import torch, lora_func as lf
@@ -49,13 +47,11 @@ def merge(
         <All keys matched successfully>
     """
     check_choice("tied", tied, ("error", "untie"))
-    model = uncompiled(model)
+    model = inner_model(model)
     with torch.no_grad():
-        sites = layout_of(model, params).sites
+        sites = check_single(params, model).sites
         _check_tied_sites(sites)
         changed = replacements(model, sites, params)
-        read = {key for _, _, reads in changed for keys in reads.values() for key in keys}
-        check_used([{*params} - read])
         if tied == "error":
             _check_tied(model, changed)
         state = _dense_state(model)
@@ -98,7 +94,8 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     weights = {id(m): dense(affine(m, prefix[:-1])) for prefix, m in quantised.items()}
     copies: dict[int, Any] = {}
     state: dict[str, Any] = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
+    offloaded = _offloaded_state(model)
+    for key, tensor in (model.state_dict(keep_vars=True) | offloaded).items():
         prefix = next((prefix for prefix in quantised if key.startswith(prefix)), None)
         if prefix is not None and key == f"{prefix}weight":
             state[key] = weights[id(quantised[prefix])]
@@ -106,6 +103,18 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
             copied = tensor.detach().clone() if isinstance(tensor, Tensor) else deepcopy(tensor)
             state[key] = copies.setdefault(id(tensor), copied)
     return state
+
+
+def _offloaded_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of the parameters that accelerate keeps elsewhere."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        absent = [n for n, p in original_parameters(module).items() if p is not None and p.is_meta]
+        with loaded(module):
+            own = original_parameters(module)
+            found |= {prefix + name: own[name].detach().cpu() for name in absent}
+    return found
 
 
 def _check_tied(model: nn.Module, changed: Iterable[Replacement]) -> None:

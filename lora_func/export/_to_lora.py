@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_func.adapter import Key, as_trainable
 from lora_func.checks import check_count
-from lora_func.compat import uncompiled
+from lora_func.modules import inner_model
 from lora_func.numerics import at_least_float32
 from lora_func.runtime import (
     Site,
@@ -71,7 +71,7 @@ def to_lora(
         ['.lora.A', '.lora.B', '.lora._scale']
     """
     check_count("rank", rank)
-    model = uncompiled(model)
+    model = inner_model(model)
     check_single(params, model)
     found, errors = Params(), dict[str, float]()
     for site in layout_of(model, params).sites:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.adapter import as_trainable, check_leaves, group
-from lora_func.compat import uncompiled
 from lora_func.configs import AdapterConfig
 from lora_func.errors import AdapterFileError
 from lora_func.files._container import Content, read, write
 from lora_func.files._fingerprint import differences, fingerprint
-from lora_func.runtime import layout_of
+from lora_func.modules import inner_model
+from lora_func.runtime import devices_of, layout_of
 from lora_func.variant import Params, rank_of
 from lora_func.variants import by_name
 
@@ -79,7 +79,8 @@ def load(
     Args:
         path: The path of the file.
         model: The model it is for. The file is refused if it was saved with other weights.
-        device: The device of the leaves; None means the CPU.
+        device: The device of the leaves; None means those of the model's sites, or the CPU without
+            a model.
 
     Returns:
         The dict, bit for bit; trained leaves require grad.
@@ -90,7 +91,7 @@ def load(
             variants or the model.
     """
     content = read_adapter(path, model)
-    return as_trainable(content.tensors, device)
+    return as_trainable(content.tensors, device or devices_of(content.tensors, model))
 
 
 def read_adapter(path: str | PathLike[str], model: nn.Module | None = None) -> Content:
@@ -181,7 +182,7 @@ def _check_data(params: Mapping[str, Tensor], allow_nonfinite: bool) -> None:
 
 def _check(params: Mapping[str, Tensor], model: nn.Module | None) -> None:
     if model is not None:
-        layout_of(uncompiled(model), params)
+        layout_of(inner_model(model), params)
     check_leaves(params, model)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +89,8 @@ def replace_file(
 ) -> None:
     """Write a file beside an old one, and replace the old one.
 
+    Temporary files that a killed process left for this path are removed.
+
     Args:
         path: The file.
         written: Its new content.
@@ -99,7 +103,10 @@ def replace_file(
     path = Path(os.path.realpath(path))  # the target of a link, not the link
     if path.is_dir():
         raise OSError(f"{path}: is a folder; give the path of a file")
-    beside = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
+    own = f".{zlib.crc32(path.name.encode()):08x}.{zlib.crc32(platform.node().encode()):08x}"
+    for left in path.parent.glob(f"{own}.*.tmp"):
+        _remove_if_left(left)
+    beside = path.with_name(f"{own}.{os.getpid()}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with beside.open("wb") as file:
             file.write(written)
@@ -113,6 +120,22 @@ def replace_file(
         beside.unlink(missing_ok=True)
     if os.name == "posix":
         _flush_folder(path.parent)
+
+
+def _remove_if_left(temporary: Path) -> None:
+    """Remove a temporary file of this machine, if the process that wrote it is gone."""
+    process = int(temporary.name.split(".")[3])
+    try:
+        # elsewhere the signal would kill the process, and an open file cannot be removed
+        if os.name == "posix":
+            os.kill(process, 0)
+            return
+    except ProcessLookupError:
+        pass
+    except OSError:
+        return
+    with suppress(OSError):
+        temporary.unlink()
 
 
 def read(path: Path, kind: str) -> Content:

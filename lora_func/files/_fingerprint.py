@@ -1,22 +1,23 @@
 """How an adapter's file recognises the base that it belongs to."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_func.compat import uncompiled
-from lora_func.modules import original_parameters
+from lora_func.modules import inner_model, original_parameters
 from lora_func.runtime import Site, layout_of
-from lora_func.weights import is_quantised, packed
+from lora_func.weights import is_quantised, loaded, packed
 
 _SAMPLES = 64
 
 
 def fingerprint(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Describe the weights that an adapter changes.
+    """Describe the weights that an adapter changes and does not hold itself.
+
+    What a leaf replaces has no part in the base: a head with other values is the same base.
 
     Args:
         model: The model.
@@ -31,8 +32,11 @@ def fingerprint(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, lis
         ValueError: If a weight has no data.
     """
     found: dict[str, list[Any]] = {}
-    for site in layout_of(uncompiled(model), params).sites:
-        for name, shape, kind, tensor in _weights(site):
+    for site in layout_of(inner_model(model), params).sites:
+        if site.variant.parameters is not None:
+            continue
+        with loaded(site.module):
+            name, shape, kind, tensor = _weight(site)
             if tensor.is_meta:
                 raise ValueError(f"{site.path}: its weight has no data yet; load the model first")
             where = site.path if site.parameter else ".".join(filter(None, (site.path, name)))
@@ -45,16 +49,16 @@ def differences(model: Mapping[str, list[Any]], file: Mapping[str, list[Any]]) -
 
     Args:
         model: The fingerprint of the model.
-        file: The fingerprint in the file.
+        file: The fingerprint in the file; what only the file names is left out.
 
     Returns:
         One line for each parameter that differs.
     """
     lines = []
-    for name in sorted(model.keys() | file.keys()):
-        mine, other = model.get(name), file.get(name)
-        if mine is None or other is None:
-            lines.append(f"{name}: in {'the file' if mine is None else 'the model'} alone")
+    for name, mine in sorted(model.items()):
+        other = file.get(name)
+        if other is None:
+            lines.append(f"{name}: in the model alone")
         elif mine[:2] != other[:2]:
             lines.append(f"{name}: {mine[1]} {tuple(mine[0])}, in the file {other[1]} {other[0]}")
         elif mine != other:
@@ -62,19 +66,15 @@ def differences(model: Mapping[str, list[Any]], file: Mapping[str, list[Any]]) -
     return lines
 
 
-def _weights(site: Site) -> Iterator[tuple[str, torch.Size, str, Tensor]]:
-    """Name, shape, dtype and storage of each weight of a site."""
-    module = site.module
-    trained = site.variant.parameters is not None
-    if is_quantised(module) and not trained:
+def _weight(site: Site) -> tuple[str, torch.Size, str, Tensor]:
+    """Name, shape, dtype and storage of the weight of a site."""
+    module, name = site.module, site.parameter or "weight"
+    if is_quantised(module):
         W = packed(module, site.path)
-        yield "weight", W.shape, W.kind, W.codes
-        return
-    own = original_parameters(module)
-    for name in [*site.keys] if trained else [site.parameter or "weight"]:
-        found = own.get(name)
-        weight = getattr(module, name) if found is None else found
-        yield name, weight.shape, str(weight.dtype).removeprefix("torch."), weight
+        return name, W.shape, W.kind, W.codes
+    found = original_parameters(module).get(name)
+    weight = getattr(module, name) if found is None else found
+    return name, weight.shape, str(weight.dtype).removeprefix("torch."), weight
 
 
 def _sampled(tensor: Tensor) -> str:

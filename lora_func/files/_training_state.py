@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lora_func.adapter import as_trainable
 from lora_func.files._adapters import check_content, facts_of
 from lora_func.files._container import Content, read, write
+from lora_func.runtime import devices_of
 from lora_func.variant import Params
 
 _KIND = "training state"
@@ -62,11 +63,12 @@ def save_training_state(
         step: The number of steps that were made.
         model: The model, if the file shall recognise it.
         extra: Other values to keep: tensors, numbers, text, lists and dicts, such as a scheduler's
-            state dict. Tuples come back as lists.
+            state dict. Any name is kept. Tuples come back as lists.
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is not a floating-point tensor, or a value in extra is not JSON.
+        TypeError: If a leaf is not a floating-point tensor, or extra holds a value or a name
+            of another type.
         ValueError: If an adapter does not fit its variants, or has no data. NaN and infinity are
             saved: training may reach them.
         OSError: If the file cannot be written.
@@ -105,8 +107,8 @@ def load_training_state(
     Args:
         path: The path of the file.
         model: The model it is for. The file is refused if it was saved with other weights.
-        device: The device of the leaves; None means the CPU. An optimizer moves its state to the
-            devices of its leaves.
+        device: The device of the leaves; None means those of the model's sites, or the CPU without
+            a model. An optimizer moves its state to the devices of its leaves.
 
     Returns:
         The state. Make the optimizer of ``state.params``, then ``load_state_dict(state.optimizer)``
@@ -131,7 +133,7 @@ def load_training_state(
     for i, of_one in enumerate(facts["adapters"]):
         leaves = _below(tensors, f"params.{i}.")
         check_content(path, leaves, of_one, model)
-        adapters.append(as_trainable(leaves, device))
+        adapters.append(as_trainable(leaves, device or devices_of(leaves, model)))
     states: dict[str, Any] = {"cpu": tensors["random.cpu"], "python": facts["python"]}
     if cuda := _below(tensors, "random.cuda."):
         states["cuda"] = [cuda[str(i)] for i in range(len(cuda))]
@@ -147,15 +149,28 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _outside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of a tree of dicts and lists into a dict; the rest is JSON."""
     if isinstance(value, Tensor):
-        tensors[name] = value
-        return {_TENSOR: name}
+        key = f"{name}.{len(tensors)}"  # names may hold dots and look alike, numbers do not
+        tensors[key] = value
+        return {_TENSOR: key}
     if isinstance(value, Mapping):
+        for key in value:
+            for part in key if isinstance(key, tuple) else (key,):
+                _check_json(f"{name}: the name {key!r}", part)
         pairs = [[key, _outside(one, f"{name}.{key}", tensors)] for key, one in value.items()]
-        # keys of JSON are text
-        return dict(pairs) if all(isinstance(key, str) for key in value) else {_PAIRS: pairs}
+        plain = all(isinstance(key, str) and key not in (_TENSOR, _PAIRS) for key in value)
+        return dict(pairs) if plain else {_PAIRS: pairs}
     if isinstance(value, (list, tuple)):
         return [_outside(one, f"{name}.{i}", tensors) for i, one in enumerate(value)]
+    _check_json(name, value)
     return value
+
+
+def _check_json(where: str, value: Any) -> None:
+    if not isinstance(value, (str, int, float, type(None))):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; accepted are tensors, numbers, text, None, and "
+            "lists and dicts of these; names are numbers, text, None or tuples of these"
+        )
 
 
 def _inside(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -166,7 +181,9 @@ def _inside(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if value.keys() == {_TENSOR}:
         return tensors[value[_TENSOR]]
     pairs = value[_PAIRS] if value.keys() == {_PAIRS} else value.items()
-    return {key: _inside(one, tensors) for key, one in pairs}
+    return {
+        tuple(key) if isinstance(key, list) else key: _inside(one, tensors) for key, one in pairs
+    }
 
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"

@@ -9,11 +9,10 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from lora_func.adapter import SHARED, Key, check_site
-from lora_func.compat import uncompiled
 from lora_func.configs import AdapterConfig
 from lora_func.initialization._calibration import Observer, calibrate
 from lora_func.initialization._weights import device_of, frozen_weight
-from lora_func.modules import find_site
+from lora_func.modules import find_site, inner_model
 from lora_func.runtime import LossFn
 from lora_func.targeting import Target, find_targets
 from lora_func.variant import Params, Variant
@@ -21,6 +20,7 @@ from lora_func.variants import by_config
 from lora_func.weights import (
     is_linear,
     is_stack,
+    loaded,
     matrices,
 )
 
@@ -83,7 +83,7 @@ def init(
         raise TypeError(f"seed: got {seed!r}, expected an int")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-    model = uncompiled(model)
+    model = inner_model(model)
     configs = (cfg,) if isinstance(cfg, AdapterConfig) else tuple(cfg)
     if not configs:
         raise ValueError("cfg: got no config")
@@ -105,8 +105,7 @@ def _make(
     params: Params = {}
     for config, targets in named:
         variant = by_config(config)
-        weights = {target.site: frozen_weight(model, target) for target in targets}
-        for key, leaf in _leaves(weights, config, variant, seed, stats, dtype).items():
+        for key, leaf in _leaves(model, targets, config, variant, seed, stats, dtype).items():
             if str(key) in params:
                 raise ValueError(
                     f"{key}: two {variant.name} configs would share this constant; make them one"
@@ -150,7 +149,8 @@ def _check_observable(model: nn.Module, site: str) -> None:
 
 
 def _leaves(
-    weights: Mapping[str, Any],
+    model: nn.Module,
+    targets: Sequence[Target],
     cfg: AdapterConfig,
     variant: Variant,
     seed: int,
@@ -158,36 +158,51 @@ def _leaves(
     dtype: torch.dtype,
 ) -> dict[Key, Tensor]:
     leaves: dict[Key, Tensor] = {}
-
-    def add(site: str, made: Sequence[Mapping[str, Tensor]], W: Any) -> None:
-        for name in made[0]:
-            key = Key(site, variant.name, name)
-            each = [_stored(key, one[name], variant, dtype).to(device_of(W)) for one in made]
-            leaf = torch.stack(each) if is_stack(W) and site != SHARED else each[0]
-            leaves[key] = leaf.requires_grad_(not key.is_constant)
-
+    named = {target.site: target for target in targets}
+    weights = {target.site: frozen_weight(model, target) for target in targets}
     common: Mapping[str, Tensor] = {}
     if variant.shared is not None:
         singles = {site: matrices(W)[0] for site, W in weights.items()}
         with torch.device("cpu"):
             common = variant.shared(singles, cfg, _generator(seed, SHARED, variant.name))
-        add(SHARED, [common], next(iter(weights.values())))
+        with loaded(find_site(model, targets[0].site)[0]):
+            first = frozen_weight(model, targets[0])
+        leaves |= _placed(SHARED, [common], variant, dtype, first)
     resolved = {site: (cfg.at(site), stats.get(site)) for site in weights}
     if variant.conclude is not None and stats:
         configs = {site: config for site, (config, _) in resolved.items()}
         resolved = variant.conclude(weights, configs, {site: stats[site] for site in weights})
     title = f"init {variant.name}"
     for site, (config, seen) in tqdm(resolved.items(), title, unit="site", delay=2, disable=None):
-        W, generator = weights[site], _generator(seed, site, variant.name)
-        try:
-            with torch.device("cpu"):
-                each = [variant.init(one, config, generator, seen) for one in matrices(W)]
-            _check_made(variant, {**common, **each[0]}, W)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{site}: {variant.name}: {error}") from error
-        add(site, each, W)
+        generator = _generator(seed, site, variant.name)
+        with loaded(find_site(model, site)[0]):
+            W = frozen_weight(model, named[site])
+            try:
+                with torch.device("cpu"):
+                    each = [variant.init(one, config, generator, seen) for one in matrices(W)]
+                _check_made(variant, {**common, **each[0]}, W)
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{site}: {variant.name}: {error}") from error
+            leaves |= _placed(site, each, variant, dtype, W)
     return leaves
+
+
+def _placed(
+    site: str,
+    each: Sequence[Mapping[str, Tensor]],
+    variant: Variant,
+    dtype: torch.dtype,
+    W: Any,
+) -> dict[Key, Tensor]:
+    """The leaves of one site on the device of its weight; those of a stack of weights stacked."""
+    placed: dict[Key, Tensor] = {}
+    for name in each[0]:
+        key = Key(site, variant.name, name)
+        stored = [_stored(key, one[name], variant, dtype).to(device_of(W)) for one in each]
+        leaf = torch.stack(stored) if is_stack(W) and site != SHARED else stored[0]
+        placed[key] = leaf.requires_grad_(not key.is_constant)
+    return placed
 
 
 def _check_made(variant: Variant, made: Mapping[str, Tensor], W: Any) -> None:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from lora_func.compat import parameters_of
 from lora_func.modules import find_site
 from lora_func.targeting import Target
-from lora_func.weights import affine, check_not_computed, is_linear, matrix
+from lora_func.weights import affine, check_not_computed, is_linear, is_offloaded, matrix
 
 
 def frozen_weight(model: nn.Module, target: Target) -> Any:
@@ -21,7 +21,8 @@ def frozen_weight(model: nn.Module, target: Target) -> Any:
         target: The site.
 
     Returns:
-        The weight with its bias; or the parameters that are trained themselves, by name.
+        The weight with its bias; or the parameters that are trained themselves, by name. Those of
+        an offloaded module have data inside ``loaded`` alone.
 
     Raises:
         ValueError: If a weight has no data yet.
@@ -31,21 +32,21 @@ def frozen_weight(model: nn.Module, target: Target) -> Any:
     if target.parameters:
         own = {name: getattr(module, name) for name in target.parameters}
         for tensor in own.values():
-            _check_data(target.site, tensor)
+            _check_data(target.site, module, tensor)
         return own
     if parameter is None and is_linear(module):
         W = affine(module, target.site)
         if isinstance(W.weight, Tensor):
-            _check_data(target.site, W.weight)
+            _check_data(target.site, module, W.weight)
         return W
     name = parameter or "weight"
     check_not_computed(target.site, parameters_of(module), name)
-    _check_data(target.site, getattr(module, name))
+    _check_data(target.site, module, getattr(module, name))
     return matrix(module, parameters_of(module), name)
 
 
-def _check_data(site: str, weight: Tensor) -> None:
-    if weight.is_meta or is_lazy(weight):
+def _check_data(site: str, module: nn.Module, weight: Tensor) -> None:
+    if (weight.is_meta and not is_offloaded(module)) or is_lazy(weight):
         raise ValueError(f"{site}: its weight has no data yet; load the model first")
     if not weight.is_floating_point():
         raise TypeError(

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.adapter import SHARED, Key, as_trainable, check_leaves, parse
-from lora_func.compat import uncompiled
 from lora_func.errors import AdapterFileError
-from lora_func.modules import find_site, original_parameters, shared_parameters
+from lora_func.modules import find_site, inner_model, original_parameters, shared_parameters
 from lora_func.peft._formats import CONFIG, INERT, PREFIX, WEIGHTS, all_formats, readable_formats
-from lora_func.runtime import layout_of
+from lora_func.runtime import devices_of, layout_of
 from lora_func.variant import Params, PeftFormat
 from lora_func.variants import full
 from lora_func.weights import weight_at
@@ -29,14 +28,15 @@ def from_peft(folder_or_id: str | PathLike[str], model: nn.Module) -> Params:
         model: The base model, not wrapped by PEFT.
 
     Returns:
-        The adapter, in the dtypes of the checkpoint; it computes what PEFT computes.
+        The adapter, in the dtypes of the checkpoint and on the devices of the model; it computes
+        what PEFT computes.
 
     Raises:
         FileNotFoundError: If a file is missing.
         AdapterFileError: If no variant reads its kind, its tensors are not what the config says, or
             they do not fit the model.
     """
-    folder, model = _downloaded(folder_or_id), uncompiled(model)
+    folder, model = _downloaded(folder_or_id), inner_model(model)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     params: Params = {}
@@ -55,7 +55,7 @@ def from_peft(folder_or_id: str | PathLike[str], model: nn.Module) -> Params:
         check_leaves(params, model)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{folder}: {error.args[0]}") from error
-    return as_trainable(params)
+    return as_trainable(params, devices_of(params, model))
 
 
 def _downloaded(folder_or_id: str | PathLike[str]) -> Path:

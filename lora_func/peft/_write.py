@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lora_func.adapter import SHARED, Key, group
 from lora_func.checks import check_choice
-from lora_func.compat import uncompiled
 from lora_func.files import replace_file
-from lora_func.modules import find_site, original_parameters, shared_parameters
+from lora_func.modules import find_site, inner_model, original_parameters, shared_parameters
 from lora_func.peft._formats import CONFIG, PREFIX, WEIGHTS, readable_formats, writable_format
 from lora_func.runtime import check_single
 from lora_func.variant import PeftFormat
@@ -59,7 +58,7 @@ def to_peft(
         OSError: If a file cannot be written.
     """
     check_choice("target", target, ("peft", "vllm"))
-    model = uncompiled(model)
+    model = inner_model(model)
     check_single(params, model)
     leaves = {key: leaf.detach().cpu() for key, leaf in params.items()}
     sites, saved = _sites(model, leaves)

@@ -11,9 +11,11 @@ from lora_func.runtime._injection import injection
 from lora_func.runtime._layout import (
     ModelLayout,
     check_single,
+    devices_of,
     layout_of,
     present,
     remember,
+    stack_size,
 )
 from lora_func.runtime._losses import Rows
 from lora_func.runtime._overrides import ForwardOverride, check_used, override_forward
@@ -43,6 +45,7 @@ __all__ = [
     "check_single",
     "check_used",
     "dense_parameters",
+    "devices_of",
     "effective_parameters",
     "eval_patches",
     "fcall",
@@ -60,6 +63,7 @@ __all__ = [
     "result",
     "settings_now",
     "skeleton",
+    "stack_size",
     "stacked",
     "tensors_of",
     "unstacked",

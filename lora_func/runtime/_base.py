@@ -1,6 +1,7 @@
 """The base parameters during a call: detached, tracked, or replaced."""
 
 from collections.abc import Callable, Container, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lora_func.modules import (
     ReplacedParameters,
     original_parameters,
 )
+from lora_func.runtime._overrides import adapted_tensor
 from lora_func.runtime._replacements import Replacement
 
 
@@ -56,16 +58,34 @@ def tracker_of(
     else:
         tracker = ReplacedParameters(original)
         tracker.update(replaced.new)
+        for name, new in replaced.new.items():
+            if original[name] is not None and original[name].is_meta:
+                # accelerate's hooks make what they load by calling the class of what they read
+                dict.__setitem__(tracker, name, adapted_tensor(original[name], partial(_same, new)))
         tracker.used_by, tracker.unused = replaced.keys, set() if unused is None else unused
     if detaches:
         for name, parameter in original.items():
             kept = replaced is not None and name in replaced.new
             if not kept and parameter is not None and parameter.requires_grad:
-                detached: Any = parameter.detach()
-                detached.lent = None, parameter
-                dict.__setitem__(tracker, name, detached)
+                frozen: Any = detached(parameter)
+                frozen.lent = None, parameter
+                dict.__setitem__(tracker, name, frozen)
     tracker.original, tracker.source = original, source
     return tracker
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def detached(parameter: Tensor) -> Tensor:
+    """Return a parameter without its gradient.
+
+    One without data stays a Parameter: accelerate's hooks load a tensor of the class they find.
+    """
+    if parameter.is_meta:
+        return nn.Parameter(parameter.data, requires_grad=False)
+    return parameter.detach()
 
 
 def trainable_parameters(

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_func.compat import PRE_HOOKS, uncompiled
+from lora_func.compat import PRE_HOOKS
+from lora_func.modules import inner_model
 from lora_func.runtime._batch import LossFn, arguments, result
 from lora_func.runtime._injection import injection
 from lora_func.runtime._overrides import Uncopied, check_used
@@ -121,7 +122,7 @@ def adapted(
         ...     output = model(torch.ones(1, 4))
     """
     injected, calls = injection(model, [params], detaches=False), _Calls()
-    hooks = vars(uncompiled(model))[PRE_HOOKS]
+    hooks = vars(inner_model(model))[PRE_HOOKS]
     with injected.inside(), patched([(hooks, id(calls), calls)]):
         yield model
     was_called = calls.seen or set(injected.unused[0] or ()) != injected.layouts[0].keys

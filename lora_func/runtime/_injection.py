@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_func.compat import PARAMETERS, transformed, uncompiled
-from lora_func.modules import original_parameters
-from lora_func.runtime._base import PartOfCall, tracker_of, trainable_parameters
+from lora_func.compat import PARAMETERS, transformed
+from lora_func.modules import called_model, inner_model, original_parameters
+from lora_func.runtime._base import PartOfCall, detached, tracker_of, trainable_parameters
 from lora_func.runtime._checkpoint import intercepted_checkpoints
 from lora_func.runtime._layout import ModelLayout, check_transformable, layout_of, present
 from lora_func.runtime._losses import LossPerAdapter, Rows
@@ -80,7 +80,7 @@ class Injection:
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the model while the adapter is injected."""
-        frozen = {name: parameter.detach() for name, parameter in self.frozen.items()}
+        frozen = {name: detached(parameter) for name, parameter in self.frozen.items()}
         return functional_call(self.model, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
     def repeat(
@@ -99,7 +99,7 @@ class Injection:
             again = replace(self, adapters=adapters, replaced=replaced)
         with again.inside():
             part = PartOfCall(self.model, function)
-            frozen = {f"model.{name}": one.detach() for name, one in self.frozen.items()}
+            frozen = {f"model.{name}": detached(one) for name, one in self.frozen.items()}
             return functional_call(part, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
     @contextmanager
@@ -205,7 +205,8 @@ def injection(
         ValueError: If two variants name one module, or a leaf has the axes of a stack.
         RuntimeError: If the model cannot run under the active transforms.
     """
-    layouts = tuple(layout_of(uncompiled(model), adapter) for adapter in adapters)
+    model = called_model(model)
+    layouts = tuple(layout_of(inner_model(model), adapter) for adapter in adapters)
     adapters = tuple({**adapter} for adapter in adapters)
     if rows is None:
         check_single_axes(layouts[0], adapters[0])
@@ -240,4 +241,4 @@ def _replaced(
     everywhere = [site for site in layouts[0].sites if site.everywhere]
     if rows is not None or not everywhere:
         return ()
-    return replacements(uncompiled(model), everywhere, adapters[0])
+    return replacements(inner_model(model), everywhere, adapters[0])

@@ -8,14 +8,14 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import RANK, check_leaves, group
+from lora_func.adapter import RANK, SHARED, Key, check_leaves, check_required, group, parse, size_of
 from lora_func.compat import buffers_of, mixes_rows_in_training, transformed
-from lora_func.modules import Structure, identities, structure
+from lora_func.modules import Structure, identities, inner_model, structure
 from lora_func.runtime._settings import has_fast_path
 from lora_func.runtime._site import Reference, Site, check_claims, make_site, ndims_of
 from lora_func.variant import Variant
 from lora_func.variants import by_name
-from lora_func.weights import is_quantised, is_unknown_quantised
+from lora_func.weights import device_of_module, is_quantised, is_unknown_quantised
 
 CACHED_LAYOUTS = 64
 """How many layouts and verdicts are kept for each model; the oldest is forgotten first."""
@@ -90,7 +90,7 @@ def layout_of(model: nn.Module, params: Mapping[str, Tensor]) -> ModelLayout:
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
         TypeError: If a variant cannot adapt what a key names.
-        ValueError: If two variants name one module.
+        ValueError: If two variants name one module, or a leaf is missing.
     """
     if torch.compiler.is_compiling():
         return _make_layout(model, params, lambda _: None)
@@ -162,9 +162,58 @@ def check_single(params: Mapping[str, Tensor], model: nn.Module) -> ModelLayout:
             variants name one module.
     """
     layout = layout_of(model, params)
-    if check_leaves(params, model):
-        raise ValueError("params: is a stack; take its adapters one by one, from unstack")
+    if front := check_leaves(params, model):
+        key, leaf = next(iter(params.items()))
+        raise ValueError(
+            f"{key}: got shape {tuple(leaf.shape)}: params is a stack of {front[0]} adapters; take "
+            "them one by one, from unstack(params)"
+        )
     return layout
+
+
+def stack_size(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
+    """Tell an adapter from a stack by the axes of its leaves.
+
+    Args:
+        model: The model.
+        params: An adapter, or a stack.
+
+    Returns:
+        The number of adapters in the stack; None for one adapter.
+
+    Raises:
+        KeyError: If a key names no module or parameter of the model, or no variant.
+        TypeError: If a variant cannot adapt what a key names.
+        ValueError: If a leaf is missing, or the leaves are neither those of an adapter nor of a
+            stack.
+    """
+    layout = layout_of(inner_model(model), params)
+    ndims = [params[key].ndim for key in layout.ndims]
+    if ndims == layout.usual_ndims:
+        return None
+    fronts = {0, 1}
+    for ndim, allowed in zip(ndims, layout.ndims.values(), strict=True):
+        fronts &= {ndim - own for own in allowed}
+    if len(fronts) != 1:  # the sizes decide, or refuse
+        size = check_leaves(params, model)
+        return size[0] if size else None
+    if fronts == {0}:
+        return None
+    sizes = {leaf.shape[0] for leaf in params.values()}
+    return sizes.pop() if len(sizes) == 1 else size_of(params)
+
+
+def devices_of(params: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, torch.device]:
+    """Return the device of each leaf: that of its site, or the CPU without a model or data."""
+    cpu = torch.device("cpu")
+    found: dict[tuple[str, str], torch.device] = {}
+    for site in () if model is None else layout_of(inner_model(model), params).sites:
+        name = next(iter(site.keys)) if site.variant.parameters else site.parameter or "weight"
+        device = device_of_module(site.module, name)
+        device = cpu if device.type == "meta" else device
+        found[site.path, site.variant.name] = device
+        found.setdefault((SHARED, site.variant.name), device)
+    return {key: found.get((parse(key).site, parse(key).variant), cpu) for key in params}
 
 
 def _make_layout(
@@ -176,6 +225,7 @@ def _make_layout(
         site = make_site(model, path, by_name(variant_name), keys)
         others = groups.setdefault(id(site.module), [])
         check_claims(site, others)
+        check_required(str(Key(path, variant_name, "")), site.variant, keys)
         others.append(site)
     named = [(path, ref(m), m) for path, m in model.named_modules()]
     sites = tuple(site for sites in groups.values() for site in sites)

@@ -109,6 +109,8 @@ def ndims_of(site: Site) -> dict[str, tuple[int, ...]]:
     """Key -> the numbers of axes of its leaf; leaves of a stack of weights have one more."""
     module, axes = site.module, site.variant.axes
     own = original_parameters(module)
+    if site.variant.parameters is not None:
+        return {key: (own[name].ndim,) for name, key in site.keys.items()}
     weight = None if site.parameter is None else matrix(module, own, site.parameter)
     return {
         key: tuple(

@@ -22,6 +22,7 @@ from lora_func.weights import (
     dense,
     is_quantised,
     is_stack,
+    loaded,
     matrix,
     restore_layout,
 )
@@ -47,6 +48,8 @@ def _axes_of(layout: ModelLayout, key: str) -> str:
     """The axes of a leaf, for messages."""
     site = next(site for site in layout.sites if key in site.keys.values())
     leaf = next(leaf for leaf, its_key in site.keys.items() if its_key == key)
+    if site.variant.parameters is not None:
+        return str(tuple(original_parameters(site.module)[leaf].shape))
     axes = site.variant.axes[leaf]
     front = layout.ndims[key][0] - len(axes[0])
     return " or ".join(f"({', '.join((*['n'] * front, *words))})" for words in axes)
@@ -198,7 +201,7 @@ def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
 
 
 def dense_parameters(site: Site) -> dict[str, Any]:
-    """Return the parameters of a site's module without an adapter, detached and dequantised.
+    """Return the parameters of a site's module without an adapter: detached, dequantised, loaded.
 
     Args:
         site: The site.
@@ -206,11 +209,12 @@ def dense_parameters(site: Site) -> dict[str, Any]:
     Returns:
         The parameters by name; None for a missing one.
     """
-    own = original_parameters(site.module)
-    base = {name: None if p is None else p.detach() for name, p in own.items()}
-    if is_quantised(site.module):
-        base["weight"] = dense(affine(site.module, site.path))
-    return base
+    with loaded(site.module):
+        own = original_parameters(site.module)
+        base = {name: None if p is None else p.detach() for name, p in own.items()}
+        if is_quantised(site.module):
+            base["weight"] = dense(affine(site.module, site.path))
+        return base
 
 
 def effective_parameters(

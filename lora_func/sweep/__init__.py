@@ -5,6 +5,7 @@ verification that a model keeps rows apart belong here. How a module runs K adap
 ``runtime``.
 """
 
-from lora_func.sweep._sweep import clip_grad_norm, vcall
+from lora_func.sweep._clipping import clip_grad_norm
+from lora_func.sweep._sweep import vcall
 
 __all__ = ["clip_grad_norm", "vcall"]

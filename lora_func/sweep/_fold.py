@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_func.compat import mixes_rows_in_training, uncompiled
+from lora_func.compat import mixes_rows_in_training
 from lora_func.errors import FoldError
-from lora_func.modules import original_parameters, shared_parameters
+from lora_func.modules import inner_model, original_parameters, shared_parameters
 from lora_func.runtime import (
     LossFn,
     ModelLayout,
@@ -60,7 +60,7 @@ class Sweep(NamedTuple):
         """
         args, kwargs, rows = fold_batch(self.batch, self.size, self.batched)
         injected = injection(self.model, self.stacks, Rows(self.sizes, rows), origin=self.origin)
-        _check_foldable(uncompiled(self.model), injected.layouts)
+        _check_foldable(inner_model(self.model), injected.layouts)
         with injected.inside():
             output = injected.call(args, kwargs)
         if self.strict:

@@ -6,12 +6,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import partition, size_of
-from lora_func.checks import check_choice, check_count, check_number
+from lora_func.adapter import stack
+from lora_func.checks import check_choice, check_count
 from lora_func.errors import FoldError
-from lora_func.runtime import LossFn, joined
+from lora_func.runtime import LossFn, joined, stack_size
 from lora_func.runtime import stacked as stacked_trees
 from lora_func.sweep._batching import batch_of, check_batched_axes
+from lora_func.sweep._clipping import as_list
 from lora_func.sweep._fold import Sweep
 from lora_func.sweep._verification import verify
 
@@ -20,7 +21,7 @@ Stack: TypeAlias = Mapping[str, Tensor]
 
 def vcall(
     model: nn.Module,
-    stacked: Stack | Sequence[Stack],
+    stacked: Stack | Sequence[Mapping[str, Tensor]],
     batch: Any,
     *,
     loss_fn: LossFn | None = None,
@@ -41,8 +42,8 @@ def vcall(
 
     Args:
         model: The model. Its rows must not depend on each other.
-        stacked: A result of ``stack``; or several of them, of any variants, whose adapters follow
-            one another.
+        stacked: A result of ``stack``; or a list of stacks and adapters, of any variants, in the
+            order of the results. Adapters with the same keys that follow one another are stacked.
         batch: As for ``fcall``, with the rows on the first axis of every tensor; a tensor with a
             single row is shared by all rows.
         loss_fn: Called as ``loss_fn(output, batch)`` for each adapter, with the output that the
@@ -65,8 +66,9 @@ def vcall(
         FoldError: If the adapters cannot share a call: the model mixes rows, reads an adapted
             parameter past its module, or has rows on another axis than the first.
         RuntimeError: If a first call would have to be checked inside ``torch.vmap``.
-        ValueError: If stacked is no stack, chunk is less than 1, or a tensor of a batched batch
-            does not have K in front.
+        TypeError: If stacked is no mapping and no list of mappings.
+        ValueError: If stacked is one adapter, a leaf is missing or has other axes, chunk is less
+            than 1, or a tensor of a batched batch does not have K in front.
 
     Example:
         >>> import torch, lora_func as lf
@@ -83,8 +85,7 @@ def vcall(
     check_choice("fallback", fallback, ("raise", "loop"))
     if chunk is not None:
         check_count("chunk", chunk)
-    stacks = [stacked] if isinstance(stacked, Mapping) else [*stacked]
-    sizes = [size_of(stack) for stack in stacks]
+    stacks, sizes = _stacks(model, stacked)
     if not sum(sizes):
         raise ValueError("stacked: got no adapter")
     if batched:
@@ -97,6 +98,28 @@ def vcall(
     return joined(pieces)
 
 
+def _stacks(
+    model: nn.Module, given: Stack | Sequence[Mapping[str, Tensor]]
+) -> tuple[list[Stack], list[int]]:
+    """Stacks, with the adapters among them stacked, and their sizes."""
+    groups: list[tuple[int | None, list[Mapping[str, Tensor]]]] = []
+    for one in as_list(given):
+        size = stack_size(model, one)
+        last_size, last = groups[-1] if groups else (0, [])
+        if size is last_size is None and sorted(one) == sorted(last[0]):
+            last.append(one)
+        else:
+            groups.append((size, [one]))
+    if isinstance(given, Mapping) and groups[0][0] is None:
+        key, leaf = next(iter(given.items()))
+        raise ValueError(
+            f"{key}: got shape {tuple(leaf.shape)}, which is that of one adapter; call "
+            "vcall(model, stack([params]), batch) or fcall(model, params, batch)"
+        )
+    stacks = [stack(members) if size is None else members[0] for size, members in groups]
+    return stacks, [len(members) if size is None else size for size, members in groups]
+
+
 def _shares(
     stacks: Sequence[Stack], sizes: Sequence[int], chunk: int
 ) -> Iterator[tuple[list[Stack], tuple[int, ...], slice]]:
@@ -104,11 +127,11 @@ def _shares(
     for start in range(0, sum(sizes), chunk):
         stop, first = min(start + chunk, sum(sizes)), 0
         share: list[tuple[Stack, int]] = []
-        for stack, size in zip(stacks, sizes, strict=True):
+        for of_some, size in zip(stacks, sizes, strict=True):
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
                 whole = high - low == size
-                cut = stack if whole else {key: leaf[low:high] for key, leaf in stack.items()}
+                cut = of_some if whole else {key: leaf[low:high] for key, leaf in of_some.items()}
                 share.append((cut, high - low))
             first += size
         yield [cut for cut, _ in share], tuple(size for _, size in share), slice(start, stop)
@@ -124,35 +147,3 @@ def _run(sweep: Sweep, check: str, fallback: str) -> Any:
             if fallback == "raise":
                 raise
     return stacked_trees([sweep.alone(k) for k in range(sweep.size)])
-
-
-def clip_grad_norm(adapters: Stack | Sequence[Stack], max_norm: float) -> Tensor:
-    """Scale the gradients of each adapter down to a norm, adapter by adapter.
-
-    Args:
-        adapters: Adapters whose leaves have gradients, or one stack of them; of several stacks
-            each is clipped by a call of its own.
-        max_norm: The largest norm that is left as it is.
-
-    Returns:
-        The norms before, shape (K,). One that is not finite concerns its adapter alone.
-
-    Example:
-        >>> import torch, lora_func as lf
-        >>> model, x = torch.nn.Linear(4, 2), torch.ones(5, 4)
-        >>> adapters = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(3)]
-        >>> losses = lf.vcall(model, lf.stack(adapters), x, loss_fn=lambda y, x: y.square().sum())
-        >>> losses.sum().backward()
-        >>> norms = lf.clip_grad_norm(adapters, max_norm=1.0)
-    """
-    check_number("max_norm", max_norm, above=0)
-    if not isinstance(adapters, Mapping):
-        each = [partition(adapter)[0].values() for adapter in adapters]
-        return torch.stack([torch.nn.utils.clip_grad_norm_(leaves, max_norm) for leaves in each])
-    gradients = [leaf.grad for leaf in adapters.values() if leaf.grad is not None]
-    of_each = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients]
-    norms: Tensor = torch.linalg.vector_norm(torch.stack(of_each), dim=0)
-    for gradient in gradients:
-        shape = (-1, *[1] * (gradient.ndim - 1))
-        gradient.mul_((max_norm / (norms + 1e-6)).clamp(max=1).view(shape))
-    return norms

@@ -12,9 +12,9 @@ from lora_func.compat import (
     active_transforms,
     autocasts,
     tree_flatten,
-    uncompiled,
 )
 from lora_func.errors import BusyModelError, FoldError, UnusedLeafError
+from lora_func.modules import inner_model
 from lora_func.runtime import (
     arguments,
     eval_patches,
@@ -41,7 +41,7 @@ def verify(sweep: Sweep) -> None:
         FoldError: If a fold gives other numbers than solo runs.
         RuntimeError: If the comparison would have to run inside ``torch.vmap``.
     """
-    verdicts = layout_of(uncompiled(sweep.model), sweep.stacks[0]).verdicts
+    verdicts = layout_of(inner_model(sweep.model), sweep.stacks[0]).verdicts
     rows = rows_of(sweep.batch, sweep.batched)
     kind = (*map(frozenset, sweep.stacks), sweep.sizes, rows, sweep.batched, _kind(sweep.batch))
     if kind in verdicts:
@@ -82,7 +82,7 @@ def _compare(sweep: Sweep) -> None:
     ends = [*accumulate(sweep.sizes)]
     firsts = [end - size for end, size in zip(ends, sweep.sizes, strict=True)]
     precision = _precision(sweep)
-    eval_mode = patched(eval_patches(uncompiled(sweep.model), sweep.origin))
+    eval_mode = patched(eval_patches(inner_model(sweep.model), sweep.origin))
     # a rounding to 8 bits that goes the other way would hide, or feign, a difference
     with torch.no_grad(), torch.random.fork_rng(devices=[]), without_rounding(), eval_mode:
         together = _together(sweep)
@@ -128,7 +128,7 @@ def _precision(sweep: Sweep) -> float:
     parameters = [*sweep.model.parameters()]
     dtypes = {tensor.dtype for tensor in [*parameters, *tensors_of(sweep.batch)]}
     dtypes |= {torch.get_autocast_dtype(p.device.type) for p in parameters if autocasts(p)}
-    quantised = layout_of(uncompiled(sweep.model), sweep.stacks[0]).quantised
+    quantised = layout_of(inner_model(sweep.model), sweep.stacks[0]).quantised
     dtypes |= {packed(m, path).dtype for path, module in quantised if (m := module()) is not None}
     floats = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)

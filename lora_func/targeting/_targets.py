@@ -9,9 +9,9 @@ from typing import NamedTuple
 from torch import nn
 
 from lora_func.checks import as_tuple
-from lora_func.compat import never_calls, parameters_of, uncompiled
+from lora_func.compat import never_calls, parameters_of
 from lora_func.configs import ALL_LINEAR, AdapterConfig, LinearConfig, ParameterConfig
-from lora_func.modules import find_site, named_parameters
+from lora_func.modules import find_site, inner_model, named_parameters
 from lora_func.targeting._layers import Layers
 from lora_func.targeting._parameters import check_trainable, distinct_parameters
 from lora_func.targeting._patterns import check_matches, first_match, kind
@@ -87,7 +87,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         ['0', '2']
     """
     by_config(cfg)
-    model = uncompiled(model)
+    model = inner_model(model)
     left_out: dict[str, str] = {}
     if isinstance(cfg, ParameterConfig):
         names = [name for name, _ in named_parameters(model)]

@@ -35,6 +35,7 @@ from lora_func.weights._layers import (
     restore_layout,
     weight_at,
 )
+from lora_func.weights._offloaded import device_of_module, is_offloaded, loaded
 
 __all__ = [
     "Affine",
@@ -44,14 +45,17 @@ __all__ = [
     "bias_of",
     "check_not_computed",
     "dense",
+    "device_of_module",
     "has_matrix",
     "is_linear",
+    "is_offloaded",
     "is_packed",
     "is_quantised",
     "is_quantised_state",
     "is_stack",
     "is_unknown_quantised",
     "linear",
+    "loaded",
     "matmul_weight",
     "matrices",
     "matrix",
