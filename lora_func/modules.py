@@ -1,7 +1,7 @@
 """Walking through a model: paths, parameters, and whether its structure has changed."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import ref
 
 from torch import Tensor, nn
@@ -213,11 +213,15 @@ def inner_parameters(module: nn.Module) -> dict[str, Any]:
     return {name: own.inner(name) for name in own} if isinstance(own, ReadTracker) else own
 
 
-def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return the places, module and name, of each parameter of a model, by its id."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+Place: TypeAlias = tuple[nn.Module, str]
+"""A module and the name of one of its own parameters."""
+
+
+def shared_parameters(model: nn.Module) -> dict[Place, list[Place]]:
+    """Return all places at which a model has the parameter of a place."""
+    places: dict[int, list[Place]] = {}
     for module in model.modules():
         for name, parameter in original_parameters(module).items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, name))
-    return places
+    return {place: together for together in places.values() for place in together}

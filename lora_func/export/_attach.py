@@ -187,9 +187,7 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
         handle._leaves |= {key: (leaves, leaf) for leaf, key in site.keys.items()}
         for module, name, view in _views(site, leaves):
             here = [(module, name)]
-            everywhere = (
-                places.get(id(parameters_of(module)[name]), here) if site.everywhere else here
-            )
+            everywhere = places.get((module, name), here) if site.everywhere else here
             views += [(*place, view) for place in everywhere]
     handle._leaves = {key: handle._leaves[key] for key in params}
     try:

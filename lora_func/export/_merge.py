@@ -122,8 +122,7 @@ def _check_tied(model: nn.Module, changed: Iterable[Replacement]) -> None:
     moved = {(id(module), name) for module, new, _ in changed for name in new}
     for module, new, _ in changed:
         for name in new:
-            parameter = original_parameters(module)[name]
-            for other, alias in places.get(id(parameter), ()):
+            for other, alias in places.get((module, name), ()):
                 if (id(other), alias) not in moved:
                     mine, theirs = names[id(module), name][0], names[id(other), alias][0]
                     raise ValueError(

@@ -195,8 +195,9 @@ def _tied_once(model: nn.Module, params: Params) -> Params:
         path, variant, leaf = parse(key)
         if variant != _FULL or key not in kept:
             continue
-        parameter = original_parameters(model.get_submodule(path))[leaf]
-        others = [str(Key(names[id(m)], _FULL, n)) for m, n in places[id(parameter)]]
+        others = [
+            str(Key(names[id(m)], _FULL, n)) for m, n in places[model.get_submodule(path), leaf]
+        ]
         if any(o not in params or not torch.equal(params[o], params[key]) for o in others):
             raise ValueError(
                 f"{path}.{leaf}: is tied in the model, and {others} in the checkpoint are not all "

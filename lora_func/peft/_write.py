@@ -128,12 +128,12 @@ def _whole(
     model: nn.Module, path: str, own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All parameters of modules with trained ones, and the trained ones, at each tied place."""
-    places, here = shared_parameters(model), original_parameters(model.get_submodule(path))
+    places, here = shared_parameters(model), model.get_submodule(path)
     names = {id(module): name for name, module in model.named_modules()}
     whole: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}
     for leaf, tensor in own.items():
-        for module, alias in places[id(here[leaf])]:
+        for module, alias in places[here, leaf]:
             name = names[id(module)]
             if any(module.children()):
                 raise TypeError(f"{name}: PEFT keeps whole modules; this one has others inside")

@@ -24,9 +24,16 @@ from lora_func.runtime._replacements import Replacement, replacements
 from lora_func.runtime._running import check_idle, eval_patches, skeleton
 from lora_func.runtime._settings import has_fast_path, settings_now
 from lora_func.runtime._site import Site
-from lora_func.runtime._sites import dense_parameters, effective_parameters, leaves_of
+from lora_func.runtime._sites import leaves_of
 from lora_func.runtime._trees import joined, stacked, tensors_of, unstacked
-from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias, weight_view
+from lora_func.runtime._views import (
+    adapted_bias,
+    adapted_weight,
+    dense_parameters,
+    effective_parameters,
+    name_for_bias,
+    weight_view,
+)
 
 __all__ = [
     "ForwardOverride",

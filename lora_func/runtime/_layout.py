@@ -197,10 +197,7 @@ def stack_size(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
     if len(fronts) != 1:  # the sizes decide, or refuse
         size = check_leaves(params, model)
         return size[0] if size else None
-    if fronts == {0}:
-        return None
-    sizes = {leaf.shape[0] for leaf in params.values()}
-    return sizes.pop() if len(sizes) == 1 else size_of(params)
+    return None if fronts == {0} else size_of(params)
 
 
 def devices_of(params: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, torch.device]:

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lora_func.modules import original_parameters, shared_parameters
+from lora_func.modules import shared_parameters
 from lora_func.runtime._site import Site
-from lora_func.runtime._sites import dense_parameters, effective_parameters, leaves_of
+from lora_func.runtime._sites import leaves_of
+from lora_func.runtime._views import dense_parameters, effective_parameters
 
 
 class Replacement(NamedTuple):
@@ -45,13 +46,13 @@ def replacements(
     changed: dict[int, Replacement] = {}
     places = shared_parameters(model)
     for site in sites:
-        module, own = site.module, original_parameters(site.module)
+        module = site.module
         new = effective_parameters(site, dense_parameters(site), leaves_of(site, params))
         for name, tensor in new.items():
             replaces = site.variant.parameters is not None
             keys = (site.keys[name],) if replaces else site.known
             here = [(module, name)]
-            for holder, alias in places.get(id(own[name]), here) if site.everywhere else here:
+            for holder, alias in places.get((module, name), here) if site.everywhere else here:
                 found = changed.setdefault(id(holder), Replacement(holder, {}, {}))
                 found.new[alias], found.keys[alias] = tensor, keys
     return tuple(changed.values())

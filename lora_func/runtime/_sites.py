@@ -15,16 +15,10 @@ from lora_func.runtime._operands import lookup, run_by_products, runs_by_product
 from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._patches import patched
 from lora_func.runtime._site import Site
-from lora_func.runtime._views import adapted_bias, adapted_weight, name_for_bias
+from lora_func.runtime._views import dense_parameters, effective_parameters
 from lora_func.weights import (
     affine,
-    check_not_computed,
-    dense,
     is_quantised,
-    is_stack,
-    loaded,
-    matrix,
-    restore_layout,
 )
 
 
@@ -198,56 +192,3 @@ def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
     (site, *more) = sites
     plain = type(module) is nn.Linear or is_quantised(module)
     return site.parameter is None and (site.variant.parameters is None or plain) and not more
-
-
-def dense_parameters(site: Site) -> dict[str, Any]:
-    """Return the parameters of a site's module without an adapter: detached, dequantised, loaded.
-
-    Args:
-        site: The site.
-
-    Returns:
-        The parameters by name; None for a missing one.
-    """
-    with loaded(site.module):
-        own = original_parameters(site.module)
-        base = {name: None if p is None else p.detach() for name, p in own.items()}
-        if is_quantised(site.module):
-            base["weight"] = dense(affine(site.module, site.path))
-        return base
-
-
-def effective_parameters(
-    site: Site, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Compute the parameters with which a module does what the adapted module does.
-
-    Args:
-        site: The site.
-        own: The module's own parameters.
-        leaves: The site's leaves.
-
-    Returns:
-        The parameters that differ, by name.
-
-    Raises:
-        TypeError: If the variant has no weight.
-        ValueError: If a leaf has another shape than its parameter.
-    """
-    module, name = site.module, site.parameter or "weight"
-    if site.variant.parameters is not None:
-        replaced = site.variant.parameters(own, leaves)
-    else:
-        check_not_computed(site.path, own, name)
-        W = matrix(module, own, name)
-        replaced = {name: restore_layout(module, own, name, adapted_weight(site, W, leaves))}
-        bias = adapted_bias(site, W.bias, leaves, is_stack(W))
-        if bias is not None:
-            replaced[name_for_bias(site, own, name)] = bias.to(W.dtype)
-    for name, tensor in replaced.items():
-        if own[name] is not None and tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{site.keys.get(name, site.path)}: got shape {tuple(tensor.shape)}, the parameter "
-                f"has {tuple(own[name].shape)}; a stack goes through torch.vmap or vcall"
-            )
-    return replaced

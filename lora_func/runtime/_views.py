@@ -1,4 +1,4 @@
-"""The adapted weight and bias of a site, or of each matrix of a stack of weights."""
+"""The adapted weight, bias and parameters of a site, or of each matrix of a stack of weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,9 +7,21 @@ import torch
 from torch import Tensor
 
 from lora_func.adapter import SHARED, parse
+from lora_func.modules import original_parameters
 from lora_func.runtime._site import Site
 from lora_func.variant import WeightFn
-from lora_func.weights import Affine, bias_name, dense, is_stack
+from lora_func.weights import (
+    Affine,
+    affine,
+    bias_name,
+    check_not_computed,
+    dense,
+    is_quantised,
+    is_stack,
+    loaded,
+    matrix,
+    restore_layout,
+)
 
 
 def weight_view(site: Site) -> WeightFn:
@@ -110,3 +122,56 @@ def _of_each(
     dims = {leaf: None if leaf in shared else 0 for leaf in leaves}
     axes = [None if tensor is None else 0 for tensor in tensors]
     return torch.vmap(view, in_dims=(dims, *axes))(dict(leaves), *tensors)
+
+
+def dense_parameters(site: Site) -> dict[str, Any]:
+    """Return the parameters of a site's module without an adapter: detached, dequantised, loaded.
+
+    Args:
+        site: The site.
+
+    Returns:
+        The parameters by name; None for a missing one.
+    """
+    with loaded(site.module):
+        own = original_parameters(site.module)
+        base = {name: None if p is None else p.detach() for name, p in own.items()}
+        if is_quantised(site.module):
+            base["weight"] = dense(affine(site.module, site.path))
+        return base
+
+
+def effective_parameters(
+    site: Site, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Compute the parameters with which a module does what the adapted module does.
+
+    Args:
+        site: The site.
+        own: The module's own parameters.
+        leaves: The site's leaves.
+
+    Returns:
+        The parameters that differ, by name.
+
+    Raises:
+        TypeError: If the variant has no weight.
+        ValueError: If a leaf has another shape than its parameter.
+    """
+    module, name = site.module, site.parameter or "weight"
+    if site.variant.parameters is not None:
+        replaced = site.variant.parameters(own, leaves)
+    else:
+        check_not_computed(site.path, own, name)
+        W = matrix(module, own, name)
+        replaced = {name: restore_layout(module, own, name, adapted_weight(site, W, leaves))}
+        bias = adapted_bias(site, W.bias, leaves, is_stack(W))
+        if bias is not None:
+            replaced[name_for_bias(site, own, name)] = bias.to(W.dtype)
+    for name, tensor in replaced.items():
+        if own[name] is not None and tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{site.keys.get(name, site.path)}: got shape {tuple(tensor.shape)}, the parameter "
+                f"has {tuple(own[name].shape)}; a stack goes through torch.vmap or vcall"
+            )
+    return replaced

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_func.compat import mixes_rows_in_training
 from lora_func.errors import FoldError
-from lora_func.modules import inner_model, original_parameters, shared_parameters
+from lora_func.modules import Place, inner_model, shared_parameters
 from lora_func.runtime import (
     LossFn,
     ModelLayout,
@@ -98,12 +98,14 @@ def _check_foldable(model: nn.Module, layouts: Sequence[ModelLayout]) -> None:
         _check_place(site, places, sites)
 
 
-def _check_place(site: Site, places: Mapping[int, Sequence[Any]], sites: Sequence[Site]) -> None:
+def _check_place(
+    site: Site, places: Mapping[Place, Sequence[Place]], sites: Sequence[Site]
+) -> None:
     """Check that a replaced parameter is read only while its own module runs alone."""
-    module, own = site.module, original_parameters(site.module)
+    module = site.module
     names = [*site.keys] if site.parameter is None else [site.parameter]
     if isinstance(module, _READ_FROM_OUTSIDE) or any(
-        len(places.get(id(own[name]), ())) > 1 for name in names
+        len(places.get((module, name), ())) > 1 for name in names
     ):
         raise FoldError(
             f"{site.path}: other modules read this parameter as well, or torch's attention "
