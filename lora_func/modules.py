@@ -35,6 +35,17 @@ def find_site(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
     return module, name
 
 
+class AttachedView(nn.Module):
+    """A parametrization with which ``attach`` adapts a parameter; it marks its model."""
+
+
+def attached_path(model: nn.Module) -> str | None:
+    """Return the path of a module that has an adapter attached; None if there is none."""
+    found = (path for path, m in model.named_modules() if isinstance(m, AttachedView))
+    path = next(found, None)
+    return None if path is None else path.partition("parametrizations.")[0].removesuffix(".")
+
+
 def called_model(model: nn.Module) -> nn.Module:
     """Return the module to call: data parallelism serves the module's own gradients alone."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -202,9 +213,15 @@ class ReplacedParameters(ReadTracker):
 
 
 def original_parameters(module: nn.Module) -> dict[str, Any]:
-    """Return a module's parameters as they are without an adapter."""
+    """Return a module's parameters as they are without an adapter, injected or attached."""
     own = parameters_of(module)
-    return own.original if isinstance(own, ReadTracker) else own
+    if isinstance(own, ReadTracker):
+        return own.original
+    lists: Any = children_of(module).get("parametrizations")
+    if lists is None:
+        return own
+    attached = {n: one.original for n, one in lists.items() if isinstance(one[0], AttachedView)}
+    return {**own, **attached}
 
 
 def inner_parameters(module: nn.Module) -> dict[str, Any]:

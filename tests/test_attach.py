@@ -1,6 +1,9 @@
 """attach: results equal fcall, leaves are registered parameters, removal restores the model."""
 
 import copy
+import random
+import signal
+import time
 
 import pytest
 import torch
@@ -255,8 +258,18 @@ def test_what_is_refused():
         lf.attach(model, params)
     assert_same(before, model)
     with lf.attach(model, params):
-        with pytest.raises(ValueError, match="model: has an adapter attached; remove that first"):
-            lf.attach(model, params)
+        stacked = lf.stack([params, params])
+        for call in (
+            lambda: lf.attach(model, params),
+            lambda: lf.fcall(model, params, batch_for(model)),
+            lambda: lf.vcall(model, stacked, batch_for(model)),
+            lambda: lf.adapted(model, params).__enter__(),
+            lambda: lf.init(model, lf.LoRA(r=2)),
+            lambda: lf.merge(model, params),
+            lambda: lf.to_lora(params, model, rank=2),
+        ):
+            with pytest.raises(lf.BusyModelError, match=r"q_proj: has an adapter attached.*remove"):
+                call()
     assert_same(before, model)
     computed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     of_it = {f"0.{key}": leaf for key, leaf in lf.init(nn.Linear(4, 4), lf.LoRA(r=2)).items()}
@@ -284,3 +297,93 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="half way"):
         lf.attach(model, params)
     assert_same(before, model)
+
+
+def test_files_of_an_attached_model_know_the_frozen_base(tmp_path):
+    model = make("qwen3").requires_grad_(False)
+    params = scramble(lf.init(model, [lf.DoRA(r=2), lf.Full(target_parameters="norm")]))
+    with lf.attach(model, params) as handle:
+        lf.save(handle.params(), tmp_path / "a", model=model)
+        assert lf.load(tmp_path / "a", model=model).keys() == params.keys()
+    assert lf.load(tmp_path / "a", model=model).keys() == params.keys()
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals")
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_interrupts_leave_all_or_nothing(family):
+    model, rng = make(family).requires_grad_(False), random.Random(0)
+    cfg = [lf.IA3(), lf.Full(target_parameters="norm|LayerNorm")]
+    params = lf.init(model, cfg)
+    before = snapshot(model)
+    kinds = [type(module) for module in model.modules()]
+    begun = time.perf_counter()
+    lf.attach(model, params).remove()
+    once = time.perf_counter() - begun
+
+    def stop(*_):
+        raise Stop
+
+    former, interrupted = signal.signal(signal.SIGALRM, stop), 0
+    try:
+        for _ in range(60):
+            handle = None
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.02, 0.9) * once)
+                handle = lf.attach(model, params)
+                handle.remove()
+            except Stop:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if handle is not None:
+                handle.remove()
+            assert_same(before, model)
+            assert [type(module) for module in model.modules()] == kinds
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert interrupted
+
+
+FAMILIES_TO_TRAIN = {
+    "bert": r"^(classifier|bert\.pooler)|LayerNorm|output.*bias",
+    "qwen3": "lm_head|norm",
+    "tied": "embed_tokens|norm",
+    "gpt2": "ln_",
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES_TO_TRAIN)
+def test_trainer_saves_resumes_and_loads_the_best(kind, tmp_path):
+    model = make("qwen3", tie_word_embeddings=True) if kind == "tied" else make(kind)
+    lora = lf.LoRA(r=2, target_modules="q_proj|query|c_attn")
+    cfg = [lora, lf.Full(target_parameters=FAMILIES_TO_TRAIN[kind])]
+    params = scramble(lf.init(model, cfg))
+    rows = batch_for(model, rows=8)
+    data = [{key: value[i] for key, value in rows.items()} for i in range(8)]
+    settings = {
+        "per_device_train_batch_size": 4,
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+    def trained(epochs, resume):
+        with lf.attach(model, params) as handle:
+            arguments = TrainingArguments(tmp_path, num_train_epochs=epochs, **settings)
+            trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+            trainer.train(resume_from_checkpoint=resume)
+            assert trainer.state.best_model_checkpoint is not None
+            return trainer.evaluate()["eval_loss"], handle.params()
+
+    trained(1, None)
+    loss, found = trained(2, True)
+    assert found.keys() == params.keys()
+    alone = lf.fcall(model, {key: leaf.detach() for key, leaf in found.items()}, rows)
+    assert loss == pytest.approx(alone.item(), rel=1e-4)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.adapter._keys import RANK, SHARED, Key, group, parse
-from lora_func.compat import parameters_of
-from lora_func.modules import find_site, inner_model
+from lora_func.modules import find_site, inner_model, original_parameters
 from lora_func.variant import Variant, fit
 from lora_func.variants import by_name
 from lora_func.weights import Affine, weight_at
@@ -54,7 +53,7 @@ def check_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -
                 _check_run(where, variant, shapes, W, runs)
         elif model is not None:
             module, _ = find_site(model, site)
-            front = _front_of_parameters(where, shapes, parameters_of(module))
+            front = _front_of_parameters(where, shapes, original_parameters(module))
         if model is not None:
             stacks.setdefault(front, where)
     if len(stacks) > 1 or max(map(len, stacks), default=0) > 1:

@@ -1,25 +1,18 @@
 """An adapter as parametrizations of a live model, for code that needs parameters and modules."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_func.compat import parameters_of
+from lora_func.compat import children_of, parameters_of
+from lora_func.export._parametrizations import Leaves, View, views_of
 from lora_func.modules import inner_model, shared_parameters
-from lora_func.runtime import (
-    Site,
-    adapted_bias,
-    adapted_weight,
-    check_idle,
-    check_single,
-    name_for_bias,
-    weight_view,
-)
+from lora_func.runtime import Site, check_idle, check_single
 from lora_func.variant import Params
-from lora_func.weights import is_packed, is_stack, matrix, restore_layout
 
 
 class Attached:
@@ -31,9 +24,10 @@ class Attached:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._leaves: dict[str, tuple[_Leaves, str]] = {}
-        self._places: dict[tuple[nn.Module, str], list[str]] = {}
+        self._leaves: dict[str, tuple[Leaves, str]] = {}
+        self._before: list[_Before] = []
         self._required_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._hook: Any = model.register_state_dict_post_hook(_clone_tied)  # type: ignore[no-untyped-call]
 
     def params(self) -> Params:
         """Return the current adapter: new tensors, in the form that ``init`` gives."""
@@ -45,6 +39,8 @@ class Attached:
     def remove(self, *, merge: bool = False) -> None:
         """Remove the adapter; the model then has its former types, names and bits.
 
+        An interrupt is raised after the removal is complete.
+
         Args:
             merge: Whether the model keeps the adapted weights, written into its own parameters.
 
@@ -52,21 +48,32 @@ class Attached:
             ValueError: If merging would change another place of a tied weight, or the adapter has
                 been removed already.
         """
-        if merge and not self._places:
+        if merge and not self._before:
             raise ValueError("merge: the adapter has been removed; use lora_func.merge")
-        merged = {place: getattr(*place).detach().clone() for place in self._places if merge}
+        places = [(one.module, one.name) for one in self._before] if merge else []
+        merged = {place: getattr(*place).detach().clone() for place in places}
         self._check_tied(merged)
-        for (module, name), order in reversed(self._places.items()):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            own = parameters_of(module)
-            own.update({kept: own.pop(kept) for kept in order if kept in own})
+        interrupt: BaseException | None = None
+        while self._before or self._required_grad:
+            try:
+                self._restore()
+            except BaseException as error:
+                interrupt = error
         with torch.no_grad():
             for (module, name), tensor in merged.items():
                 getattr(module, name).copy_(tensor)
+        if interrupt is not None:
+            raise interrupt
+
+    def _restore(self) -> None:
+        """Undo the last step; each may be repeated."""
+        while self._before:
+            self._before[-1].restore()
+            del self._before[-1]
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
-        self._places.clear()
         self._required_grad.clear()
+        self._hook.remove()
 
     def _check_tied(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
         originals: dict[int, Tensor] = {}
@@ -92,53 +99,39 @@ class Attached:
         self.remove()
 
 
-class _Leaves(nn.Module):
-    """The leaves of a site: parameters, and buffers for constants."""
+class _Before(NamedTuple):
+    """A module as it was before one of its parameters was parametrized.
 
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, leaf in leaves.items():
-            if name.startswith("_"):
-                self.register_buffer(name, leaf)
-            else:
-                self.register_parameter(name, nn.Parameter(leaf))
+    Attributes:
+        module: The module.
+        name: The parameter.
+        kind: The module's class.
+        own: Its parameters.
+    """
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+    module: nn.Module
+    name: str
+    kind: type[nn.Module]
+    own: dict[str, Any]
 
-
-class _View(nn.Module):
-    """Gives the adapted parameter for the frozen one."""
-
-    def __init__(self, site: Site, module: nn.Module, name: str, leaves: _Leaves) -> None:
-        super().__init__()
-        self.leaves = leaves
-        self.site = site
-        self.name = name
-        self.around = (module,)  # in a tuple, so that it is not registered as a child
-
-
-class _Trained(_View):
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Return the leaf itself."""
-        return self.leaves.tensors()[self.name].to(tensor.dtype)
-
-
-class _Weight(_View):
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Return the adapted weight."""
-        (module,), own = self.around, {self.name: tensor}
-        W = matrix(module, own, self.name)
-        weight = adapted_weight(self.site, W, self.leaves.tensors())
-        return restore_layout(module, own, self.name, weight)
-
-
-class _Bias(_View):
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Return the adapted bias."""
-        bias = adapted_bias(self.site, tensor, self.leaves.tensors(), tensor.ndim == 2)
-        assert bias is not None
-        return bias.to(tensor.dtype)
+    def restore(self) -> None:
+        """Restore the module, from any state that an interrupted registration left."""
+        own, children = parameters_of(self.module), children_of(self.module)
+        lists: Any = children.get("parametrizations")
+        found = dict(self.own)
+        if lists is not None and self.name in lists:
+            found[self.name] = lists[self.name].original
+        found |= {name: own[name] for name in own if name != self.name}
+        own.clear()
+        own.update({name: found[name] for name in self.own if name in found})
+        if lists is not None:
+            if self.name in lists:
+                del lists[self.name]
+            if not lists:
+                del children["parametrizations"]
+        if self.name in vars(type(self.module)):
+            delattr(type(self.module), self.name)
+        self.module.__class__ = self.kind
 
 
 def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
@@ -162,8 +155,8 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
         TypeError: If a variant has no weight, or a layer's weight is quantised or computed; use a
             block of ``adapted`` then.
         ValueError: If two variants name one module, a leaf is missing, unknown or of another shape,
-            params is a stack, or the model has an adapter attached.
-        BusyModelError: If the model is running with an adapter.
+            or params is a stack.
+        BusyModelError: If the model is running with an adapter, or has one attached.
 
     Example:
         >>> import torch, lora_func as lf
@@ -176,57 +169,46 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     """
     model = inner_model(model)
     check_idle(model, "attach when it is not")
-    if any(isinstance(module, _View) for module in model.modules()):
-        raise ValueError("model: has an adapter attached; remove that first")
     layout = check_single(params, model)
-    copies = {key: leaf.detach().clone() for key, leaf in params.items()}
-    places, handle = shared_parameters(model), Attached(model)
-    views: list[tuple[nn.Module, str, _View]] = []
-    for site in layout.sites:
-        leaves = _Leaves({leaf: copies[key] for leaf, key in site.keys.items()})
-        handle._leaves |= {key: (leaves, leaf) for leaf, key in site.keys.items()}
-        for module, name, view in _views(site, leaves):
-            here = [(module, name)]
-            everywhere = places.get((module, name), here) if site.everywhere else here
-            views += [(*place, view) for place in everywhere]
-    handle._leaves = {key: handle._leaves[key] for key in params}
+    handle, grad_mode = Attached(model), torch.is_grad_enabled()
     try:
         model.requires_grad_(False)
-        for module, name, view in views:
-            order = [*parameters_of(module)]
-            parametrize.register_parametrization(module, name, view, unsafe=True)
-            handle._places[module, name] = order
+        _register(
+            handle, layout.sites, {key: leaf.detach().clone() for key, leaf in params.items()}
+        )
     except BaseException:
+        torch.set_grad_enabled(grad_mode)  # an interrupt may leave a block of no_grad half-entered
         handle.remove()
         raise
     return handle
 
 
-def _views(site: Site, leaves: _Leaves) -> Iterator[tuple[nn.Module, str, _View]]:
-    module = site.module
-    if site.variant.parameters is not None:
-        yield from ((module, name, _Trained(site, module, name, leaves)) for name in site.keys)
-        return
-    weight_view(site)
-    name, own = site.parameter or "weight", parameters_of(module)
-    weight = own.get(name)
-    if weight is None or is_packed(weight):
-        raise TypeError(
-            f"{site.path}: its weight is quantised, or computed when it is read, and takes no "
-            "parametrization; run the model in a block of `with adapted(model, params)`"
-        )
-    W = matrix(module, own, name)
-    yield module, name, _Weight(site, module, name, leaves)
-    with torch.no_grad():
-        bias = adapted_bias(site, W.bias, leaves.tensors(), is_stack(W))
-    if bias is not None:
-        beside = name_for_bias(site, own, name)
-        if own[beside] is None:
-            raise TypeError(
-                f"{site.path}: {site.variant.name} adds a bias, and the layer has none; run the "
-                "model in a block of `with adapted(model, params)`"
-            )
-        yield module, beside, _Bias(site, module, beside, leaves)
+def _register(handle: Attached, sites: Iterable[Site], params: Params) -> None:
+    places, registered = shared_parameters(handle.model), set[Leaves]()
+    views: list[tuple[nn.Module, str, View]] = []
+    for site in sites:
+        for name, kind, leaves in views_of(site, {n: params[key] for n, key in site.keys.items()}):
+            handle._leaves |= {site.keys[leaf]: (leaves, leaf) for leaf in leaves.tensors()}
+            here = [(site.module, name)]
+            everywhere = places.get((site.module, name), here) if site.everywhere else here
+            views += [(*at, kind(site, site.module, name, leaves)) for at in everywhere]
+    handle._leaves = {key: handle._leaves[key] for key in params}
+    for module, name, view in views:
+        leaves = view.around[1]
+        if leaves not in registered:  # once, so that a state dict holds each leaf once
+            view.leaves = leaves
+            registered.add(leaves)
+        handle._before.append(_Before(module, name, type(module), {**parameters_of(module)}))
+        parametrize.register_parametrization(module, name, view, unsafe=True)
+
+
+def _clone_tied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Clone frozen parameters that share memory: transformers saves those only by known names."""
+    storages = Counter(t.untyped_storage() for t in state.values() if isinstance(t, Tensor))
+    for name, tensor in state.items():
+        frozen = ".parametrizations." in f".{name}" and name.endswith(".original")
+        if frozen and storages[tensor.untyped_storage()] > 1:
+            state[name] = tensor.clone()
 
 
 def _original(module: nn.Module, name: str) -> Any:

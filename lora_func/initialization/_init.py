@@ -12,17 +12,12 @@ from lora_func.adapter import SHARED, Key, check_site
 from lora_func.configs import AdapterConfig
 from lora_func.initialization._calibration import Observer, calibrate
 from lora_func.initialization._weights import device_of, frozen_weight
-from lora_func.modules import find_site, inner_model
-from lora_func.runtime import LossFn
+from lora_func.modules import attached_path, find_site, inner_model
+from lora_func.runtime import LossFn, check_unattached
 from lora_func.targeting import Target, find_targets
 from lora_func.variant import Params, Variant
 from lora_func.variants import by_config
-from lora_func.weights import (
-    is_linear,
-    is_stack,
-    loaded,
-    matrices,
-)
+from lora_func.weights import is_linear, is_stack, loaded, matrices
 
 Named: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
 """A config and the sites that it names."""
@@ -68,7 +63,8 @@ def init(
             site's shape, a weight has no data yet, dtype cannot hold a copied parameter, a variant
             makes leaves that do not fit its own axes, or calibration data is missing, too small, or
             taken by no config.
-        BusyModelError: If there is data and the model is running with an adapter.
+        BusyModelError: If the model has an adapter attached, or there is data and the model is
+            running with an adapter.
 
     Example:
         >>> import torch, lora_func as lf
@@ -84,6 +80,7 @@ def init(
     if dtype not in _DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
     model = inner_model(model)
+    check_unattached(model, attached_path(model))
     configs = (cfg,) if isinstance(cfg, AdapterConfig) else tuple(cfg)
     if not configs:
         raise ValueError("cfg: got no config")

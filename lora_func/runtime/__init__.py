@@ -7,16 +7,9 @@ batches and their verification belong to ``sweep``.
 
 from lora_func.runtime._batch import LossFn, arguments, result
 from lora_func.runtime._call import adapted, call, fcall
+from lora_func.runtime._checks import check_single, check_unattached, stack_size
 from lora_func.runtime._injection import injection
-from lora_func.runtime._layout import (
-    ModelLayout,
-    check_single,
-    devices_of,
-    layout_of,
-    present,
-    remember,
-    stack_size,
-)
+from lora_func.runtime._layout import ModelLayout, devices_of, layout_of, present, remember
 from lora_func.runtime._losses import Rows
 from lora_func.runtime._overrides import ForwardOverride, check_used, override_forward
 from lora_func.runtime._patches import Patch, patched
@@ -50,6 +43,7 @@ __all__ = [
     "call",
     "check_idle",
     "check_single",
+    "check_unattached",
     "check_used",
     "dense_parameters",
     "devices_of",

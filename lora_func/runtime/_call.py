@@ -48,7 +48,8 @@ def fcall(
         KeyError: If a key names no module or parameter of the model, or no variant.
         ValueError: If two variants name one module, or a leaf has other axes, as in a stack.
         RuntimeError: If the model cannot run under the transforms around the call.
-        BusyModelError: If the model is already running with an adapter; see ``skeleton``.
+        BusyModelError: If the model is already running with an adapter (see ``skeleton``), or has
+            one attached.
         UnusedLeafError: If an adapted module never ran, or a variant has no such leaf.
 
     Example:
@@ -111,7 +112,7 @@ def adapted(
         TypeError: If a variant cannot adapt the module that a key names.
         KeyError: If a key names no module or parameter of the model, or no variant.
         ValueError: If two variants name one module, or a leaf has other axes, as in a stack.
-        BusyModelError: If the model is already running with an adapter.
+        BusyModelError: If the model is already running with an adapter, or has one attached.
         UnusedLeafError: If an adapted module never ran while others did, or a variant has no such
             leaf.
 

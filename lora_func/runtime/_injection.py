@@ -14,7 +14,8 @@ from lora_func.compat import PARAMETERS, transformed
 from lora_func.modules import called_model, inner_model, original_parameters
 from lora_func.runtime._base import PartOfCall, detached, tracker_of, trainable_parameters
 from lora_func.runtime._checkpoint import intercepted_checkpoints
-from lora_func.runtime._layout import ModelLayout, check_transformable, layout_of, present
+from lora_func.runtime._checks import check_single_axes, check_transformable, check_unattached
+from lora_func.runtime._layout import ModelLayout, layout_of, present
 from lora_func.runtime._losses import LossPerAdapter, Rows
 from lora_func.runtime._overrides import CallState, ForwardOverride, override_forward
 from lora_func.runtime._patches import Patch, patched
@@ -28,7 +29,7 @@ from lora_func.runtime._settings import (
     transformable,
 )
 from lora_func.runtime._site import Site
-from lora_func.runtime._sites import SingleForward, check_single_axes
+from lora_func.runtime._sites import SingleForward
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +209,8 @@ def injection(
     model = called_model(model)
     layouts = tuple(layout_of(inner_model(model), adapter) for adapter in adapters)
     adapters = tuple({**adapter} for adapter in adapters)
+    if layouts[0].sites:
+        check_unattached(model, layouts[0].attached)
     if rows is None:
         check_single_axes(layouts[0], adapters[0])
     check_transformable(layouts[0])

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import RANK, SHARED, Key, check_leaves, check_required, group, parse, size_of
-from lora_func.compat import buffers_of, mixes_rows_in_training, transformed
-from lora_func.modules import Structure, identities, inner_model, structure
+from lora_func.adapter import RANK, SHARED, Key, check_required, group, parse
+from lora_func.compat import buffers_of, mixes_rows_in_training
+from lora_func.modules import Structure, attached_path, identities, inner_model, structure
 from lora_func.runtime._settings import has_fast_path
 from lora_func.runtime._site import Reference, Site, check_claims, make_site, ndims_of
 from lora_func.variant import Variant
@@ -39,6 +39,7 @@ class ModelLayout(NamedTuple):
         quantised: Path and module, weakly, of each layer that bitsandbytes has quantised.
         unknown_quantised: The same of each subclass of those with a forward of its own.
         fast_path: True if the model has layers with a fused inference kernel.
+        attached: The path of a module that has an adapter attached; None if there is none.
         verdicts: Kind of sweep -> True, if its first fold was equal to solo runs.
     """
 
@@ -56,6 +57,7 @@ class ModelLayout(NamedTuple):
     quantised: tuple[tuple[str, Reference], ...]
     unknown_quantised: tuple[tuple[str, Reference], ...]
     fast_path: bool
+    attached: str | None
     verdicts: "OrderedDict[Any, bool]"
 
     def is_current(self) -> bool:
@@ -112,92 +114,10 @@ def remember(kept: "OrderedDict[Any, Any]", key: Any, value: Any) -> None:
         kept.popitem(last=False)
 
 
-def check_transformable(layout: ModelLayout) -> None:
-    """Check that a model can run under the transforms that are active.
-
-    Raises:
-        RuntimeError: If a layer would write its running statistics, a quantised layer has its own
-            forward, or activations are checkpointed while compiling.
-    """
-    if not transformed():
-        return
-    if layout.unknown_quantised:
-        raise RuntimeError(
-            f"{layout.unknown_quantised[0][0]}: derives from a quantised layer of bitsandbytes and "
-            "has a forward of its own, which loses derivatives under transforms; use autograd"
-        )
-    for norm in present(layout.norms):
-        if norm.training and getattr(norm, "track_running_stats", True):
-            raise RuntimeError(
-                f"{type(norm).__name__}: in training mode it writes its running statistics, which "
-                "no transform of torch.func can; call eval() on it, since the base is frozen"
-            )
-    if not torch.compiler.is_compiling():
-        return
-    for module in present(layout.checkpoints):
-        if module.gradient_checkpointing and module.training:
-            raise RuntimeError(
-                f"{type(module).__name__}: torch cannot compile activation checkpointing under a "
-                "transform of torch.func; compile without it, or differentiate by autograd"
-            )
-
-
 def present(references: Iterable[Reference]) -> list[nn.Module]:
     """Return the modules that are still alive."""
     modules = [reference() for reference in references]
     return [module for module in modules if module is not None]
-
-
-def check_single(params: Mapping[str, Tensor], model: nn.Module) -> ModelLayout:
-    """Check that params are one adapter that fits its variants and a model.
-
-    Returns:
-        Its layout.
-
-    Raises:
-        KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is not a floating-point tensor, or a variant cannot adapt what a key
-            names.
-        ValueError: If params is a stack, a leaf is missing or unknown, a shape does not fit, or two
-            variants name one module.
-    """
-    layout = layout_of(model, params)
-    if front := check_leaves(params, model):
-        key, leaf = next(iter(params.items()))
-        raise ValueError(
-            f"{key}: got shape {tuple(leaf.shape)}: params is a stack of {front[0]} adapters; take "
-            "them one by one, from unstack(params)"
-        )
-    return layout
-
-
-def stack_size(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
-    """Tell an adapter from a stack by the axes of its leaves.
-
-    Args:
-        model: The model.
-        params: An adapter, or a stack.
-
-    Returns:
-        The number of adapters in the stack; None for one adapter.
-
-    Raises:
-        KeyError: If a key names no module or parameter of the model, or no variant.
-        TypeError: If a variant cannot adapt what a key names.
-        ValueError: If a leaf is missing, or the leaves are neither those of an adapter nor of a
-            stack.
-    """
-    layout = layout_of(inner_model(model), params)
-    ndims = [params[key].ndim for key in layout.ndims]
-    if ndims == layout.usual_ndims:
-        return None
-    fronts = {0, 1}
-    for ndim, allowed in zip(ndims, layout.ndims.values(), strict=True):
-        fronts &= {ndim - own for own in allowed}
-    if len(fronts) != 1:  # the sizes decide, or refuse
-        size = check_leaves(params, model)
-        return size[0] if size else None
-    return None if fronts == {0} else size_of(params)
 
 
 def devices_of(params: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, torch.device]:
@@ -242,6 +162,7 @@ def _make_layout(
         tuple((path, reference) for path, reference, m in named if is_quantised(m)),
         tuple((path, reference) for path, reference, m in named if is_unknown_quantised(m)),
         has_fast_path(model),
+        attached_path(model),
         OrderedDict(),
     )
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.compat import PARAMETERS
-from lora_func.modules import inner_parameters, original_parameters
-from lora_func.runtime._layout import ModelLayout
+from lora_func.modules import inner_parameters
 from lora_func.runtime._operands import lookup, run_by_products, runs_by_products
 from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._patches import patched
@@ -20,33 +19,6 @@ from lora_func.weights import (
     affine,
     is_quantised,
 )
-
-
-def check_single_axes(layout: ModelLayout, params: Mapping[str, Tensor]) -> None:
-    """Check that leaves are those of one adapter: the axis of a stack could pass for the batch's.
-
-    Raises:
-        ValueError: If a leaf has other axes than its variant names.
-    """
-    if [params[key].ndim for key in layout.ndims] == layout.usual_ndims:
-        return
-    for key, ndims in layout.ndims.items():
-        if params[key].ndim not in ndims:
-            raise ValueError(
-                f"{key}: got shape {tuple(params[key].shape)}, expected {_axes_of(layout, key)}; a "
-                "stack goes through torch.vmap or vcall"
-            )
-
-
-def _axes_of(layout: ModelLayout, key: str) -> str:
-    """The axes of a leaf, for messages."""
-    site = next(site for site in layout.sites if key in site.keys.values())
-    leaf = next(leaf for leaf, its_key in site.keys.items() if its_key == key)
-    if site.variant.parameters is not None:
-        return str(tuple(original_parameters(site.module)[leaf].shape))
-    axes = site.variant.axes[leaf]
-    front = layout.ndims[key][0] - len(axes[0])
-    return " or ".join(f"({', '.join((*['n'] * front, *words))})" for words in axes)
 
 
 def leaves_of(site: Site, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
