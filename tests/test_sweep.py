@@ -456,15 +456,6 @@ def test_one_row_and_one_adapter(family):
         same(lf.vcall(model, lf.stack(wpe), batch), lf.fcall(model, wpe[0], batch)[None])
 
 
-def test_a_cache_is_left_out():
-    model = frozen("qwen3", use_cache=True)
-    batch = {key: tensor for key, tensor in text().items() if key != "labels"}
-    adapters = [lora(model, seed) for seed in range(2)]
-    outputs = lf.vcall(model, lf.stack(adapters), batch)
-    assert outputs.past_key_values is None
-    same(outputs.logits, torch.stack([lf.fcall(model, one, batch).logits for one in adapters]))
-
-
 def test_the_check_leaves_a_running_model_alone():
     gate, seen = Gate(), []
     model = nn.Sequential(
@@ -890,3 +881,38 @@ def test_compiled(config, frozen_base):
     compiled = torch.compile(lambda s: lf.vcall(model, s, X), backend="eager", fullgraph=True)
     same(compiled(stacked), lf.vcall(model, stacked, X))
     assert "forward" not in vars(model[0])
+
+
+PAST = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
+
+
+@PAST
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_each_adapter_gets_its_cache(chunk):
+    model = frozen("qwen3")
+    adapters = [lora(model, seed) for seed in range(3)]
+    ids = text(rows=2)["input_ids"]
+    found = lf.vcall(model, adapters, {"input_ids": ids[:, :-1], "use_cache": True}, chunk=chunk)
+    assert len(found.past_key_values) == 3
+    for k, params in enumerate(adapters):
+        alone = lf.fcall(model, params, {"input_ids": ids}).logits
+        same(found.logits[k], alone[:, :-1])
+        with lf.adapted(model, params):
+            last = model(ids[:, -1:], past_key_values=found.past_key_values[k]).logits
+        same(last[:, 0], alone[:, -1])
+
+
+@PAST
+def test_caches_reach_the_loss_and_the_loop():
+    model, ids = frozen("qwen3"), text(rows=2)["input_ids"]
+    adapters = [lora(model, seed) for seed in range(2)]
+    batch = {"input_ids": ids, "use_cache": True}
+    sums = lf.vcall(
+        model, adapters, batch, loss_fn=lambda y, _: y.past_key_values.layers[1].keys.sum()
+    )
+    alone = [lf.fcall(model, one, batch).past_key_values.layers[1].keys.sum() for one in adapters]
+    same(sums, torch.stack(alone))
+    cache = lf.fcall(model, adapters[0], batch).past_key_values
+    for fallback in ("raise", "loop"):
+        with pytest.raises(ValueError, match="batch: holds a DynamicCache, which each adapter"):
+            lf.vcall(model, adapters, batch | {"past_key_values": cache}, fallback=fallback)

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import lora_func as lf
 from lora_func.runtime import patched, settings_now
+from tests.support.models import batch_for, lora, make
 
 
 def settings():
@@ -91,3 +92,43 @@ def test_a_failing_call_restores_them_too():
     with pytest.raises(AssertionError, match="embedding dimension of 4"):
         lf.fcall(model, params, torch.ones(2, 3, 5))
     assert settings() == OFF
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        total = torch.zeros(len(x), 4)
+        total += self.layer(x)
+        return total
+
+
+def test_an_error_of_vmap_names_the_module_and_a_way():
+    model, x = nn.Sequential(InPlace()).requires_grad_(False), torch.ones(3, 4)
+    adapters = [lora(model, seed=seed, r=2) for seed in range(2)]
+    over_adapters = torch.vmap(lf.fcall, in_dims=(None, 0, None))
+    with pytest.raises(RuntimeError) as raised:
+        over_adapters(model, lf.stack(adapters), x)
+    (note,) = raised.value.__notes__
+    assert note.startswith("in 0 (InPlace), under torch.vmap; vcall(model, stacked, batch) gives")
+    assert note.endswith("an out-of-place operation here")
+    expected = torch.stack([lf.fcall(model, one, x) for one in adapters])
+    torch.testing.assert_close(lf.vcall(model, adapters, x), expected)
+
+
+def test_an_error_of_vmap_under_autocast_names_eager_attention():
+    model = make("qwen3").requires_grad_(False)
+    batch, stacked = batch_for(model), lf.stack([lora(model, r=2)] * 2)
+    over_adapters = torch.vmap(lf.fcall, in_dims=(None, 0, None))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError, match="same dtype") as raised:
+            over_adapters(model, stacked, batch)
+        assert "Qwen3Attention" in raised.value.__notes__[-1]
+        assert 'attn_implementation="eager"' in raised.value.__notes__[-1]
+        expected = lf.vcall(model, stacked, batch)
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(
+            over_adapters(model, stacked, batch), expected, rtol=0.02, atol=0
+        )

@@ -173,9 +173,8 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     handle, grad_mode = Attached(model), torch.is_grad_enabled()
     try:
         model.requires_grad_(False)
-        _register(
-            handle, layout.sites, {key: leaf.detach().clone() for key, leaf in params.items()}
-        )
+        copies = {key: leaf.detach().clone() for key, leaf in params.items()}
+        _register(handle, layout.sites, copies)
     except BaseException:
         torch.set_grad_enabled(grad_mode)  # an interrupt may leave a block of no_grad half-entered
         handle.remove()

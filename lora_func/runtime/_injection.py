@@ -17,6 +17,7 @@ from lora_func.runtime._checkpoint import intercepted_checkpoints
 from lora_func.runtime._checks import check_single_axes, check_transformable, check_unattached
 from lora_func.runtime._layout import ModelLayout, layout_of, present
 from lora_func.runtime._losses import LossPerAdapter, Rows
+from lora_func.runtime._notes import noted
 from lora_func.runtime._overrides import CallState, ForwardOverride, override_forward
 from lora_func.runtime._patches import Patch, patched
 from lora_func.runtime._replacements import Replacement, replacements
@@ -82,7 +83,8 @@ class Injection:
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the model while the adapter is injected."""
         frozen = {name: detached(parameter) for name, parameter in self.frozen.items()}
-        return functional_call(self.model, frozen, tuple(args), {**kwargs}, tie_weights=False)
+        with noted(self.model):
+            return functional_call(self.model, frozen, tuple(args), {**kwargs}, tie_weights=False)
 
     def repeat(
         self,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lora_func.compat import is_cache, tree_flatten, tree_map, tree_map_only, tree_unflatten
 from lora_func.errors import FoldError
-from lora_func.runtime import LossFn, arguments, result, stacked, tensors_of, unstacked
+from lora_func.runtime import LossFn, PerAdapter, arguments, result, stacked, tensors_of, unstacked
+from lora_func.sweep._caches import part_of_cache
 
 
 def batch_of(batch: Any, batched: bool, at: int | slice) -> Any:
@@ -150,7 +151,7 @@ def unfold(output: Any, adapters: int, rows: int, numbers: Sequence[Tensor]) -> 
 
     Returns:
         The same with tensors of shape (adapters, rows, ...); (adapters,) for a part with one
-        number for each adapter, such as a loss. Caches of keys and values are left out.
+        number for each adapter, such as a loss; a list of K caches for a cache.
 
     Raises:
         FoldError: If a part is neither a tensor with rows nor a plain value.
@@ -159,6 +160,8 @@ def unfold(output: Any, adapters: int, rows: int, numbers: Sequence[Tensor]) -> 
     def unfolded(value: Any) -> Any:
         if isinstance(value, _PLAIN):
             return value
+        if is_cache(value):
+            return PerAdapter(part_of_cache(value, k, adapters, rows) for k in range(adapters))
         if not isinstance(value, Tensor):
             raise FoldError(
                 f"the model gives a {type(value).__name__}, whose parts are unknown; "
@@ -175,17 +178,12 @@ def unfold(output: Any, adapters: int, rows: int, numbers: Sequence[Tensor]) -> 
             )
         return value.reshape(adapters, value.shape[0] // adapters, *value.shape[1:])
 
-    return tree_map(unfolded, without_caches(output))
-
-
-def without_caches(output: Any) -> Any:
-    """Leave transformers' caches of keys and values out."""
-    return tree_map(lambda value: None if is_cache(value) else value, output)
+    return tree_map(unfolded, output)
 
 
 def of_adapter(output: Any, k: int | slice) -> Any:
     """Return the part of one adapter, or of several, of tensors with adapters on the first axis."""
-    return tree_map_only(Tensor, lambda value: value[k], output)
+    return tree_map_only((Tensor, PerAdapter), lambda value: value[k], output)
 
 
 _PLAIN = (type(None), bool, int, float, str)

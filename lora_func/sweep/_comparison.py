@@ -6,25 +6,26 @@ import torch
 from torch import Tensor
 
 from lora_func.compat import tree_flatten
+from lora_func.sweep._caches import opened
 
 
 def difference(found: Any, expected: Any, precision: float) -> str | None:
     """Describe how two results differ by more than rounding.
 
     Args:
-        found: One result; a part that is None may be anything.
+        found: One result.
         expected: The other result.
         precision: The largest epsilon of the dtypes that computed them.
 
     Returns:
         The difference in words; None if there is none.
     """
-    (values, layout), (others, other) = tree_flatten(found), tree_flatten(expected)
+    (values, layout), (others, other) = tree_flatten(opened(found)), tree_flatten(opened(expected))
     if layout != other:
         return f"{layout}, {other}"
     for a, b in zip(values, others, strict=True):
         if not isinstance(b, Tensor):
-            if a is not None and a != b:
+            if a != b:
                 return f"{a}, {b}"
         elif a.shape != b.shape or a.dtype != b.dtype:
             return f"{a.dtype} {tuple(a.shape)}, {b.dtype} {tuple(b.shape)}"

@@ -12,6 +12,7 @@ from lora_func.errors import FoldError
 from lora_func.runtime import LossFn, joined, stack_size
 from lora_func.runtime import stacked as stacked_trees
 from lora_func.sweep._batching import batch_of, check_batched_axes
+from lora_func.sweep._caches import check_no_cache
 from lora_func.sweep._clipping import as_list
 from lora_func.sweep._fold import Sweep
 from lora_func.sweep._verification import verify
@@ -60,7 +61,8 @@ def vcall(
 
     Returns:
         The stacked results of ``fcall`` for each adapter: losses (K,); outputs with an axis K in
-        front if there is neither a loss nor a loss_fn.
+        front if there is neither a loss nor a loss_fn. A cache of keys and values becomes a list of
+        K caches.
 
     Raises:
         FoldError: If the adapters cannot share a call: the model mixes rows, reads an adapted
@@ -68,7 +70,8 @@ def vcall(
         RuntimeError: If a first call would have to be checked inside ``torch.vmap``.
         TypeError: If stacked is no mapping and no list of mappings.
         ValueError: If stacked is one adapter, a leaf is missing or has other axes, chunk is less
-            than 1, or a tensor of a batched batch does not have K in front.
+            than 1, a tensor of a batched batch does not have K in front, or the batch holds a
+            cache.
 
     Example:
         >>> import torch, lora_func as lf
@@ -88,6 +91,7 @@ def vcall(
     stacks, sizes = _stacks(model, stacked)
     if not sum(sizes):
         raise ValueError("stacked: got no adapter")
+    check_no_cache(batch)
     if batched:
         check_batched_axes(batch, sum(sizes))
     pieces = []

@@ -23,7 +23,7 @@ from lora_func.runtime import (
     remember,
     tensors_of,
 )
-from lora_func.sweep._batching import copied, of_adapter, rows_of, without_caches
+from lora_func.sweep._batching import copied, of_adapter, rows_of
 from lora_func.sweep._comparison import difference
 from lora_func.sweep._fold import Sweep
 from lora_func.weights import packed, without_rounding
@@ -88,7 +88,7 @@ def _compare(sweep: Sweep) -> None:
         together = _together(sweep)
         for k in sorted({*firsts, *(end - 1 for end in ends)}):
             alone = sweep._replace(batch=copied(sweep.batch)).alone(k)
-            off = difference(of_adapter(together, k), without_caches(alone), precision)
+            off = difference(of_adapter(together, k), alone, precision)
             if off is not None:
                 raise FoldError(
                     f"the model gives adapter {k} another output in a batch with others than alone "
