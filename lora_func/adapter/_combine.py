@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_func.adapter._keys import Key, as_trainable, group
 from lora_func.adapter._schema import check_leaves
+from lora_func.numerics import DROPOUT
 from lora_func.variant import LowRankFn, Params
 from lora_func.variants import by_name, lora
 
@@ -26,7 +27,8 @@ def combine(terms: Sequence[tuple[Mapping[str, Tensor], float]]) -> Params:
     Raises:
         KeyError: If a key is malformed or names no variant.
         TypeError: If the variants at a site have no exact sum.
-        ValueError: If there is no term, or the leaves of an adapter do not fit its variants.
+        ValueError: If there is no term, the leaves of an adapter do not fit its variants, or
+            dropout differs.
 
     Example:
         >>> import torch, lora_func as lf
@@ -102,4 +104,17 @@ def _concatenated(
     if len({A.shape[:-2] for A, _ in pairs}) > 1:
         raise ValueError(f"{site}: single adapters and stacks, or stacks of different sizes")
     A, B = torch.cat([A for A, _ in pairs], -2), torch.cat([B for _, B in pairs], -1)
-    return lora.from_factors(A, B)
+    return lora.from_factors(A, B) | _common_dropout(site, [leaves for _, leaves, _ in here])
+
+
+def _common_dropout(site: str, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    found = [leaves[DROPOUT] for leaves in each if DROPOUT in leaves]
+    if not found:
+        return {}
+    if len(found) < len(each) or not all(torch.equal(rate, found[0]) for rate in found):
+        rates = [leaves.get(DROPOUT) for leaves in each]
+        raise ValueError(
+            f"{site}: adapters with different dropout, {rates}; make {DROPOUT!r} equal, or leave "
+            "it out of all"
+        )
+    return {DROPOUT: found[0].clone()}

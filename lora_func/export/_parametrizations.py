@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from lora_func.compat import parameters_of
 from lora_func.modules import AttachedView
-from lora_func.runtime import Site, adapted_bias, adapted_weight, name_for_bias, weight_view
+from lora_func.runtime import (
+    Site,
+    adapted_bias,
+    adapted_weight,
+    check_no_dropout,
+    name_for_bias,
+    weight_view,
+)
 from lora_func.weights import is_packed, is_stack, matrix, restore_layout
 
 
@@ -50,9 +57,11 @@ class _Trained(View):
 class _Weight(View):
     def forward(self, tensor: Tensor) -> Tensor:
         """Return the adapted weight."""
-        module, own = self.around[0], {self.name: tensor}
+        module, own, leaves = self.around[0], {self.name: tensor}, self.tensors()
+        if module.training:
+            check_no_dropout(self.site, leaves)
         W = matrix(module, own, self.name)
-        weight = adapted_weight(self.site, W, self.tensors())
+        weight = adapted_weight(self.site, W, leaves)
         return restore_layout(module, own, self.name, weight)
 
 

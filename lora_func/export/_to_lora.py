@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_func.adapter import Key, as_trainable
 from lora_func.checks import check_count
 from lora_func.modules import inner_model
-from lora_func.numerics import at_least_float32
+from lora_func.numerics import DROPOUT, at_least_float32
 from lora_func.runtime import (
     Site,
     check_single,
@@ -81,6 +81,8 @@ def to_lora(
             continue
         with torch.no_grad():
             leaves, errors[site.path] = _nearest(site, params, rank)
+        if DROPOUT in site.keys:
+            leaves[DROPOUT] = params[site.keys[DROPOUT]].detach().clone()
         found |= {
             str(Key(site.path, lora.VARIANT.name, name)): leaf for name, leaf in leaves.items()
         }

@@ -1,9 +1,10 @@
-"""Mathematics that variants share: low-rank products, SVD, rotations, sparse entries, moments.
+"""Mathematics that variants share: products, dropout, SVD, rotations, sparse entries, moments.
 
 Functions here take tensors and frozen weights. What belongs to one method alone stands in its file
 in ``variants``.
 """
 
+from lora_func.numerics._dropout import DROPOUT, dropout, dropout_leaf, dropout_setting
 from lora_func.numerics._entries import add_entries, weight_with_entries
 from lora_func.numerics._linalg import (
     SINGULAR,
@@ -22,10 +23,11 @@ from lora_func.numerics._moments import (
     observe_moments,
     principal_components,
 )
-from lora_func.numerics._products import add_low_rank, scale_output, scaled
+from lora_func.numerics._products import add_low_rank, low_rank_term, scale_output, scaled
 from lora_func.numerics._rotations import cayley, rotate_blocks, skew
 
 __all__ = [
+    "DROPOUT",
     "SINGULAR",
     "Components",
     "Moments",
@@ -35,9 +37,13 @@ __all__ = [
     "at_least_float32",
     "cayley",
     "check_rank",
+    "dropout",
+    "dropout_leaf",
+    "dropout_setting",
     "kaiming_uniform",
     "low_rank_difference",
     "low_rank_norm",
+    "low_rank_term",
     "observe_moments",
     "principal_components",
     "rotate_blocks",

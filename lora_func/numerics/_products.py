@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_func.compat import autocasts, reshape_unsafe, transformed
+from lora_func.numerics._dropout import dropout
 from lora_func.weights import Affine, Weight, linear
 
 
@@ -19,6 +20,7 @@ def add_low_rank(
     bottleneck: Callable[[Tensor], Tensor] | None = None,
     gain: Tensor | None = None,
     scale: Tensor | None = None,
+    rate: Tensor | None = None,
 ) -> Tensor:
     """Compute ``x Wᵀ + b + gain * scale * (bottleneck(x downᵀ) upᵀ)`` in the dtype of x.
 
@@ -33,6 +35,7 @@ def add_low_rank(
         bottleneck: A function of ``x downᵀ``, (..., r) -> (..., r); None for the identity.
         gain: A factor for each output of the second product, shape (d_out,) or (K, 1, d_out).
         scale: A factor of the second product, shape () or (K,).
+        rate: The probability of dropout in the second product's x, shape () or (K,); None for none.
 
     Returns:
         Shape (..., d_out).
@@ -43,12 +46,12 @@ def add_low_rank(
     weight: Any
     weight, bias = W if isinstance(W, Affine) else (W, None)
     fuses = can_fuse(x, weight, bias)
-    if fuses and bottleneck is None and gain is None:
+    if fuses and bottleneck is None and gain is None and rate is None:
         fused: Tensor = _AddLowRank.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
         return fused
     up = scaled(up, scale)
     rows = _rows(x, down) if fuses else x
-    y, h = linear(rows, W), torch.matmul(rows, down.mT)
+    y, h = linear(rows, W), torch.matmul(dropout(rows, rate), down.mT)
     h = h if bottleneck is None else bottleneck(h).to(h.dtype)
     gain = None if gain is None else gain.to(y.dtype)
     if not fuses:
@@ -56,6 +59,20 @@ def add_low_rank(
         return y + added if gain is None else torch.addcmul(y, added, gain)
     y = _add(y, h, up) if gain is None else y.addcmul_(h @ up.mT, gain)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def low_rank_term(x: Any, down: Tensor, up: Tensor) -> Tensor:
+    """Compute ``x downᵀ upᵀ`` in the dtype of x.
+
+    Args:
+        x: Shape (..., d_in); (K, n, d_in) if the factors have an axis of adapters in front.
+        down: Shape (r, d_in), or (K, r, d_in).
+        up: Shape (d_out, r), or (K, d_out, r).
+
+    Returns:
+        Shape (..., d_out).
+    """
+    return torch.matmul(x, down.to(x.dtype).mT) @ up.to(x.dtype).mT
 
 
 def scaled(t: Tensor, scale: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from lora_func.runtime._trees import PerAdapter, joined, stacked, tensors_of, un
 from lora_func.runtime._views import (
     adapted_bias,
     adapted_weight,
+    check_no_dropout,
     dense_parameters,
     effective_parameters,
     name_for_bias,
@@ -43,6 +44,7 @@ __all__ = [
     "arguments",
     "call",
     "check_idle",
+    "check_no_dropout",
     "check_single",
     "check_unattached",
     "check_used",

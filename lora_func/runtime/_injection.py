@@ -20,7 +20,7 @@ from lora_func.runtime._losses import LossPerAdapter, Rows
 from lora_func.runtime._notes import noted
 from lora_func.runtime._overrides import CallState, ForwardOverride, override_forward
 from lora_func.runtime._patches import Patch, patched
-from lora_func.runtime._replacements import Replacement, replacements
+from lora_func.runtime._replacements import Replacement, replaced_for_call
 from lora_func.runtime._rows import Part, PassThrough, StackedForward
 from lora_func.runtime._running import ActiveCall, active, check_first, is_active
 from lora_func.runtime._settings import (
@@ -98,7 +98,9 @@ class Injection:
         if tensors is not None:
             values = iter(tensors)
             adapters = tuple({key: next(values) for key in one} for one in self.adapters)
-            replaced = _replaced(self.model, self.layouts, adapters, self.rows)
+            replaced = self.replaced and replaced_for_call(
+                inner_model(self.model), self.layouts[0], adapters[0]
+            )
             again = replace(self, adapters=adapters, replaced=replaced)
         with again.inside():
             part = PartOfCall(self.model, function)
@@ -217,7 +219,9 @@ def injection(
         check_single_axes(layouts[0], adapters[0])
     check_transformable(layouts[0])
     compiling = torch.compiler.is_compiling()
-    replaced = _replaced(model, layouts, adapters, rows)
+    replaced: tuple[Replacement, ...] = ()
+    if rows is None:  # rows of different adapters have their own parameters, module by module
+        replaced = replaced_for_call(inner_model(model), layouts[0], adapters[0])
     unused: tuple[set[str] | None, ...] = (None,) * len(layouts)
     settings: tuple[Patch, ...] = ()
     if not compiling:
@@ -234,16 +238,3 @@ def injection(
     losses = None if rows is None else LossPerAdapter(rows)
     state = (unused, detaches, frozen, replaced, settings, losses, origin)
     return Injection(model, layouts, adapters, rows, *state)
-
-
-def _replaced(
-    model: nn.Module,
-    layouts: Sequence[ModelLayout],
-    adapters: Sequence[Mapping[str, Tensor]],
-    rows: Rows | None,
-) -> tuple[Replacement, ...]:
-    """What is replaced for the whole call; nothing if rows belong to different adapters."""
-    everywhere = [site for site in layouts[0].sites if site.everywhere]
-    if rows is not None or not everywhere:
-        return ()
-    return replacements(inner_model(model), everywhere, adapters[0])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_func.compat import convolve
+from lora_func.numerics import dropout
 from lora_func.runtime._site import Site
 from lora_func.weights import Affine
 
@@ -28,11 +29,13 @@ class Operand:
         width: The width of the rows, d_in.
         dtype: Their dtype.
         product: Computes ``x Mᵀ + b`` of M, shape (m, d_in), and b, shape (m,) or None.
+        dropped: Gives the rows with dropout, from its probability; one-hot rows drop nothing.
     """
 
     width: int
     dtype: torch.dtype
     product: Callable[[Tensor, Tensor | None], Tensor]
+    dropped: Callable[[Tensor], "Operand"]
 
     @classmethod
     def __torch_function__(
@@ -123,7 +126,9 @@ def lookup(
         return None
     table = own["weight"]
     n = len(table)
-    rows: Any = Operand(n, table.dtype, lambda M, _: F.embedding(ids, M.mT, padding_idx))
+    rows: Any = Operand(
+        n, table.dtype, lambda M, _: F.embedding(ids, M.mT, padding_idx), lambda rate: rows
+    )
     y = site.variant.apply(Affine(table.mT), leaves, rows)
     if padding_idx is None:
         return y
@@ -136,10 +141,13 @@ def _convolution(
     frozen, bias = own["weight"], own["bias"]
     channels, W = 1 - frozen.ndim, frozen.flatten(1)
 
-    def product(M: Tensor, bias: Tensor | None) -> Tensor:
-        filters = frozen if M is W else M.reshape(-1, *frozen.shape[1:])
-        return convolve(module, image, filters, bias).movedim(channels, -1)
+    def patches(image: Tensor) -> Operand:
+        def product(M: Tensor, bias: Tensor | None) -> Tensor:
+            filters = frozen if M is W else M.reshape(-1, *frozen.shape[1:])
+            return convolve(module, image, filters, bias).movedim(channels, -1)
 
-    patches: Any = Operand(W.shape[1], image.dtype, product)
-    y = site.variant.apply(Affine(W, bias), leaves, patches)
+        return Operand(W.shape[1], image.dtype, product, lambda rate: patches(dropout(image, rate)))
+
+    x: Any = patches(image)
+    y = site.variant.apply(Affine(W, bias), leaves, x)
     return y.movedim(-1, channels)

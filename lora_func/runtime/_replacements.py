@@ -6,9 +6,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lora_func.modules import shared_parameters
+from lora_func.runtime._layout import ModelLayout
 from lora_func.runtime._site import Site
 from lora_func.runtime._sites import leaves_of
-from lora_func.runtime._views import dense_parameters, effective_parameters
+from lora_func.runtime._views import check_no_dropout, dense_parameters, effective_parameters
 
 
 class Replacement(NamedTuple):
@@ -56,3 +57,26 @@ def replacements(
                 found = changed.setdefault(id(holder), Replacement(holder, {}, {}))
                 found.new[alias], found.keys[alias] = tensor, keys
     return tuple(changed.values())
+
+
+def replaced_for_call(
+    model: nn.Module, layout: ModelLayout, params: Mapping[str, Tensor]
+) -> tuple[Replacement, ...]:
+    """Compute the parameters that are replaced for a whole call with one adapter.
+
+    Args:
+        model: The model.
+        layout: The layout of the adapter.
+        params: The adapter.
+
+    Returns:
+        What is replaced in each module; nothing if all sites act in their own modules.
+
+    Raises:
+        TypeError: If a variant has no weight, or a site has dropout.
+        ValueError: If a leaf has another shape than its parameter.
+    """
+    everywhere = [site for site in layout.sites if site.everywhere]
+    for site in everywhere:
+        check_no_dropout(site, leaves_of(site, params))
+    return replacements(model, everywhere, params) if everywhere else ()

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lora_func.compat import PARAMETERS
 from lora_func.modules import inner_parameters
+from lora_func.numerics import DROPOUT
 from lora_func.runtime._operands import lookup, run_by_products, runs_by_products
 from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._patches import patched
 from lora_func.runtime._site import Site
-from lora_func.runtime._views import dense_parameters, effective_parameters
+from lora_func.runtime._views import check_no_dropout, dense_parameters, effective_parameters
 from lora_func.weights import (
     affine,
     is_quantised,
@@ -27,11 +28,16 @@ def leaves_of(site: Site, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         site: The site.
         params: The adapter.
+
+    Returns:
+        The leaves by name, with dropout only if the module is in training mode.
     """
     leaves = {leaf: params[key] for leaf, key in site.keys.items()}
     for leaf in leaves:
         if leaf[0] == "_":
             leaves[leaf] = leaves[leaf].detach()
+    if DROPOUT in leaves and not site.module.training:
+        del leaves[DROPOUT]
     return leaves
 
 
@@ -65,6 +71,7 @@ def run_sites(
         return run_by_products(sites[0], module, own, leaves[0], x)
     replaced: dict[str, Tensor] = {}
     for site, of_it in zip(sites, leaves, strict=True):
+        check_no_dropout(site, of_it)
         replaced |= _table(site, own, of_it) or effective_parameters(site, own, of_it)
     return run_base(module, base, *args, replaced=replaced, **kwargs)
 

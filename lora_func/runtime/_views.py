@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_func.adapter import SHARED, parse
 from lora_func.modules import original_parameters
+from lora_func.numerics import DROPOUT
 from lora_func.runtime._site import Site
 from lora_func.variant import WeightFn
 from lora_func.weights import (
@@ -122,6 +123,25 @@ def _of_each(
     dims = {leaf: None if leaf in shared else 0 for leaf in leaves}
     axes = [None if tensor is None else 0 for tensor in tensors]
     return torch.vmap(view, in_dims=(dims, *axes))(dict(leaves), *tensors)
+
+
+def check_no_dropout(site: Site, leaves: Mapping[str, Tensor]) -> None:
+    """Check that a site whose weight is computed has no dropout, which needs its input.
+
+    Args:
+        site: The site.
+        leaves: Its leaves, as ``leaves_of`` gives them.
+
+    Raises:
+        TypeError: If it has dropout and its module trains.
+    """
+    table = isinstance(site.module, nn.Embedding) and site.parameter == "weight"
+    if DROPOUT in leaves and not table:
+        raise TypeError(
+            f"{site.path}: {site.variant.name} has dropout, which needs the input of a layer, and "
+            f"is computed here as a weight; leave {site.keys[DROPOUT]!r} out of the adapter, or "
+            "call eval() on the module"
+        )
 
 
 def dense_parameters(site: Site) -> dict[str, Any]:

@@ -7,21 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_func.numerics import add_low_rank, low_rank_norm, scaled
+from lora_func.numerics import (
+    DROPOUT,
+    add_low_rank,
+    dropout_leaf,
+    dropout_setting,
+    low_rank_norm,
+    scaled,
+)
 from lora_func.variant import PeftFormat, PeftLeaf
 from lora_func.weights import Affine, Weight, dense
 
-LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": ""}
+LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": "", "_dropout?": ""}
 """The leaves."""
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + s x Aᵀ Bᵀ``.
+    """Compute ``linear(x, W) + s drop(x) Aᵀ Bᵀ``.
 
     Returns:
         Shape (..., d_out).
     """
-    return add_low_rank(x, W, params["A"], params["B"], scale=params["_scale"])
+    scale, rate = params["_scale"], params.get(DROPOUT)
+    return add_low_rank(x, W, params["A"], params["B"], scale=scale, rate=rate)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -57,7 +65,8 @@ def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
     # the alpha that divided by r gives the scale to the last bit
     alpha = scale * r
     near = (alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
-    return {"r": r, "lora_alpha": next((a for a in near if a / r == scale), alpha)}
+    settings = {"r": r, "lora_alpha": next((a for a in near if a / r == scale), alpha)}
+    return settings | dropout_setting("lora_dropout", leaves)
 
 
 def _peft_scale(
@@ -66,7 +75,7 @@ def _peft_scale(
     r = leaves["A"].shape[-2]
     scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
     dtype = torch.promote_types(leaves["A"].dtype, torch.float32)
-    return {"_scale": torch.tensor(scale, dtype=dtype)}
+    return {"_scale": torch.tensor(scale, dtype=dtype), **dropout_leaf(config["lora_dropout"])}
 
 
 PEFT_LORA = PeftFormat(
@@ -76,7 +85,7 @@ PEFT_LORA = PeftFormat(
     constants=_peft_scale,
     means=lambda config, path: not config.get("use_dora"),
     patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
-    defaults={"lora_alpha": 8},
+    defaults={"lora_alpha": 8, "lora_dropout": 0.0},
     inert={
         "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
         "lora_bias": (None, False),
@@ -93,6 +102,7 @@ PEFT_LORA = PeftFormat(
 )
 PEFT_EMBEDDING = PEFT_LORA._replace(
     leaves={"A": PeftLeaf("lora_embedding_A"), "B": PeftLeaf("lora_embedding_B")},
+    constants=lambda config, leaves, W: _peft_scale({**config, "lora_dropout": 0.0}, leaves, W),
     embedding=True,
 )
 PEFT_FORMATS = (PEFT_LORA, PEFT_EMBEDDING)

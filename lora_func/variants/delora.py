@@ -25,13 +25,18 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_number
-from lora_func.configs import RankConfig
+from lora_func.configs import DropoutConfig, RankConfig
 from lora_func.numerics import (
+    DROPOUT,
     add_low_rank,
     at_least_float32,
+    dropout,
+    dropout_leaf,
+    dropout_setting,
     kaiming_uniform,
     low_rank_difference,
     low_rank_norm,
+    low_rank_term,
 )
 from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
 from lora_func.weights import Weight, dense
@@ -40,7 +45,7 @@ _FLOOR = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeLoRA(RankConfig):
+class DeLoRA(DropoutConfig, RankConfig):
     """Decoupled low-rank adaptation: angles and strength are trained apart.
 
     Attributes:
@@ -69,7 +74,8 @@ def init(W: Weight, cfg: DeLoRA, generator: Generator, stats: None = None) -> di
     """Draw A, and B unless it starts at zero.
 
     Returns:
-        A (r, d_in), B (d_out, r), lambda (), _w_norm (d_in,); _A0 and _B0 for a frozen copy.
+        A (r, d_in), B (d_out, r), lambda (), _w_norm (d_in,); _A0 and _B0 for a frozen copy;
+        _dropout () if there is any.
     """
     d_out, d_in = W.shape
     leaves = {
@@ -77,6 +83,7 @@ def init(W: Weight, cfg: DeLoRA, generator: Generator, stats: None = None) -> di
         "B": torch.zeros(d_out, cfg.r),
         "lambda": torch.tensor(cfg.lambda_, dtype=torch.float64),
         "_w_norm": at_least_float32(dense(W)).square().sum(-2).sqrt(),
+        **dropout_leaf(cfg.dropout),
     }
     if cfg.init == "frozen_copy":
         leaves["B"] = kaiming_uniform(d_out, cfg.r, generator)
@@ -105,10 +112,17 @@ def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute the frozen output and the low-rank term, with the norms folded into the factors.
 
+    Dropout takes from the trained term alone, not from a frozen copy.
+
     Returns:
         Shape (..., d_out).
     """
-    return add_low_rank(x, W, *_factors(params))
+    rate = params.get(DROPOUT)
+    if rate is None or "_A0" not in params:
+        return add_low_rank(x, W, *_factors(params), rate=rate)
+    A0, B0 = _pair(params, params["_A0"], params["_B0"])
+    term = low_rank_term(dropout(x, rate), *_pair(params, params["A"], params["B"]))
+    return add_low_rank(x, W, A0, -B0) + term
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -145,6 +159,7 @@ VARIANT = Variant(
         "_w_norm": "d_in",
         "_A0?": "r d_in",
         "_B0?": "d_out r",
+        "_dropout?": "",
     },
     peft=(
         PeftFormat(
@@ -157,7 +172,12 @@ VARIANT = Variant(
                 ),
                 "_w_norm": PeftLeaf("delora_w_norm"),
             },
-            settings=lambda leaves, shape: {"r": leaves["A"].shape[-2]},
+            settings=lambda leaves, shape: {
+                "r": leaves["A"].shape[-2],
+                **dropout_setting("module_dropout", leaves),
+            },
+            constants=lambda config, leaves, W: dropout_leaf(config["module_dropout"]),
+            defaults={"module_dropout": 0.0},
             holds=lambda leaves: "_A0" not in leaves,
             patterns={"r": "rank_pattern"},
         ),

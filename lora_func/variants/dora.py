@@ -28,9 +28,12 @@ from torch.linalg import vecdot
 
 from lora_func.configs import LowRankConfig
 from lora_func.numerics import (
+    DROPOUT,
     along_rows,
     at_least_float32,
     check_rank,
+    dropout,
+    dropout_leaf,
     kaiming_uniform,
     scale_output,
     scaled,
@@ -39,7 +42,7 @@ from lora_func.numerics import (
 from lora_func.variant import PeftLeaf, Trial, Variant
 from lora_func.variants._low_rank import LOW_RANK, PEFT_LORA
 from lora_func.variants._low_rank import apply as low_rank
-from lora_func.weights import Weight, bias_of, dense, matmul_weight
+from lora_func.weights import Affine, Weight, bias_of, dense, linear, matmul_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ def init(W: Weight, cfg: DoRA, generator: Generator, stats: None = None) -> dict
     """Draw A, leave B at zero, and measure the rows of W.
 
     Returns:
-        A (r, d_in), B (d_out, r), m and _w_sqnorm (d_out,), _scale ().
+        A (r, d_in), B (d_out, r), m and _w_sqnorm (d_out,), _scale (); _dropout () if there is any.
     """
     d_out, d_in = W.shape
     check_rank(cfg.r, (d_out, d_in))
@@ -69,6 +72,7 @@ def init(W: Weight, cfg: DoRA, generator: Generator, stats: None = None) -> dict
         "m": squares.sqrt(),
         "_w_sqnorm": squares,
         "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
+        **dropout_leaf(cfg.dropout),
     }
 
 
@@ -97,10 +101,18 @@ def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute ``g (y - b) + b`` with ``y`` as LoRA's and ``g = m / n``.
 
+    With dropout, ``x`` is whole in ``linear(x, W)`` alone: the change ``g y - linear(x, W)`` is
+    computed from the dropped x, as in both codes, with one more product with W.
+
     Returns:
         Shape (..., d_out).
     """
-    y, b = low_rank(W, params, x), bias_of(W)
+    rate, b = params.get(DROPOUT), bias_of(W)
+    if rate is not None:
+        frozen, kept = Affine(W.weight if isinstance(W, Affine) else W), dropout(x, rate)
+        whole = {leaf: tensor for leaf, tensor in params.items() if leaf != DROPOUT}
+        return linear(x, W) + apply(frozen, whole, kept) - linear(kept, frozen)
+    y = low_rank(W, params, x)
     g = along_rows(_gain(W, params))
     y = scale_output(y, g)
     return y if b is None else y - (g - 1).to(y.dtype) * b.to(y.dtype)

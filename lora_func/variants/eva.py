@@ -29,6 +29,7 @@ from lora_func.numerics import (
     Components,
     Moments,
     check_rank,
+    dropout_leaf,
     observe_moments,
     principal_components,
 )
@@ -128,7 +129,7 @@ def init(
     """Take the first r components as A, leave B at zero.
 
     Returns:
-        A (r, d_in), B (d_out, r), _scale ().
+        A (r, d_in), B (d_out, r), _scale (); _dropout () if there is any.
 
     Raises:
         ValueError: If there was no data.
@@ -140,6 +141,7 @@ def init(
         "A": stats.rows[: cfg.r].clone(),
         "B": torch.zeros(d_out, cfg.r),
         "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
+        **dropout_leaf(cfg.dropout),
     }
 
 

@@ -24,7 +24,7 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_flag
 from lora_func.configs import LowRankConfig
-from lora_func.numerics import check_rank, kaiming_uniform
+from lora_func.numerics import check_rank, dropout_leaf, kaiming_uniform
 from lora_func.variant import Trial, Variant
 from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, apply, delta_norm, low_rank, weight
 from lora_func.weights import Weight
@@ -62,7 +62,7 @@ def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict
     """Draw A, leave B at zero.
 
     Returns:
-        A (r, d_in), B (d_out, r), _scale ().
+        A (r, d_in), B (d_out, r), _scale (); _dropout () if there is any.
     """
     d_out, d_in = W.shape
     check_rank(cfg.r, (d_out, d_in))
@@ -70,6 +70,7 @@ def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict
         "A": kaiming_uniform(cfg.r, d_in, generator),
         "B": torch.zeros(d_out, cfg.r),
         "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
+        **dropout_leaf(cfg.dropout),
     }
 
 

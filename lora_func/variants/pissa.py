@@ -15,7 +15,8 @@ Deviations: paper and codes write the residual W - s B0 A0 into the base weight,
 by rounding; we keep A0 and B0 as constants and the base as it is. S is divided by s before the
 factors are made, as in PEFT, so that the start does not depend on alpha. On a quantised base the
 residual is not quantised again (no QPiSSA). Weight decay pulls W' towards W without its principal
-part, as in PEFT.
+part, as in PEFT. Dropout takes from the trained product alone, as in PEFT: in training mode the
+start is then the base on average.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,17 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_count
 from lora_func.configs import LowRankConfig
-from lora_func.numerics import add_low_rank, low_rank_difference, low_rank_norm, scaled, svd
+from lora_func.numerics import (
+    DROPOUT,
+    add_low_rank,
+    dropout,
+    dropout_leaf,
+    low_rank_difference,
+    low_rank_norm,
+    low_rank_term,
+    scaled,
+    svd,
+)
 from lora_func.variant import Trial, Variant
 from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS
 from lora_func.weights import Weight, dense
@@ -59,13 +70,14 @@ def init(W: Weight, cfg: PiSSA, generator: Generator, stats: None = None) -> dic
     """Split the principal part of W evenly between the factors.
 
     Returns:
-        A and _A0 (r, d_in), B and _B0 (d_out, r), _scale ().
+        A and _A0 (r, d_in), B and _B0 (d_out, r), _scale (); _dropout () if there is any.
     """
     U, S, Vh = svd(dense(W), cfg.r, cfg.niter, generator)
     root = (S / cfg.scale).sqrt()
     A, B = root[:, None] * Vh, U * root
     scale = torch.tensor(cfg.scale, dtype=torch.float64)
-    return {"A": A, "B": B, "_A0": A.clone(), "_B0": B.clone(), "_scale": scale}
+    copies = {"_A0": A.clone(), "_B0": B.clone()}
+    return {"A": A, "B": B, **copies, "_scale": scale, **dropout_leaf(cfg.dropout)}
 
 
 def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -75,11 +87,16 @@ def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute ``linear(x, W) + s x (B A - B0 A0)ᵀ``, as a LoRA of rank 2r.
 
+    With dropout it is ``linear(x, W) - s x (B0 A0)ᵀ + s drop(x) (B A)ᵀ``.
+
     Returns:
         Shape (..., d_out).
     """
-    down, up = _factors(params)
-    return add_low_rank(x, W, down, up, scale=params["_scale"])
+    scale, rate = params["_scale"], params.get(DROPOUT)
+    if rate is None:
+        return add_low_rank(x, W, *_factors(params), scale=scale)
+    residual = add_low_rank(x, W, params["_A0"], -params["_B0"], scale=scale)
+    return residual + low_rank_term(dropout(x, rate), params["A"], scaled(params["B"], scale))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -115,7 +132,8 @@ def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same change as a LoRA of rank 2r, for PEFT."""
     A = torch.cat([leaves["A"], leaves["_A0"]])
     B = torch.cat([leaves["B"], -leaves["_B0"]], 1)
-    return {"A": A, "B": B, "_scale": leaves["_scale"]}
+    kept = {leaf: leaves[leaf] for leaf in ("_scale", DROPOUT) if leaf in leaves}
+    return {"A": A, "B": B, **kept}
 
 
 VARIANT = Variant(

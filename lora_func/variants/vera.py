@@ -21,14 +21,21 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.checks import check_count, check_number
-from lora_func.configs import LinearConfig
-from lora_func.numerics import add_low_rank, along_rows, low_rank_norm
+from lora_func.configs import DropoutConfig, LinearConfig
+from lora_func.numerics import (
+    DROPOUT,
+    add_low_rank,
+    along_rows,
+    dropout_leaf,
+    dropout_setting,
+    low_rank_norm,
+)
 from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
 from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(LinearConfig):
+class VeRA(DropoutConfig, LinearConfig):
     """Vector-based random matrix adaptation.
 
     Attributes:
@@ -71,10 +78,14 @@ def init(W: Weight, cfg: VeRA, generator: Generator, stats: None = None) -> dict
     """Set λ_d to its start and λ_b to zero.
 
     Returns:
-        lambda_d (r,), lambda_b (d_out,).
+        lambda_d (r,), lambda_b (d_out,); _dropout () if there is any.
     """
     d_out, _ = W.shape
-    return {"lambda_d": torch.full((cfg.r,), float(cfg.d_initial)), "lambda_b": torch.zeros(d_out)}
+    return {
+        "lambda_d": torch.full((cfg.r,), float(cfg.d_initial)),
+        "lambda_b": torch.zeros(d_out),
+        **dropout_leaf(cfg.dropout),
+    }
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -85,7 +96,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """
     lambda_d, lambda_b = along_rows(params["lambda_d"]), along_rows(params["lambda_b"])
     A, B = _projections(params, W.shape[-1])
-    return add_low_rank(x, W, A, B, lambda h: h * lambda_d.to(h.dtype), lambda_b)
+    rate = params.get(DROPOUT)
+    return add_low_rank(x, W, A, B, lambda h: h * lambda_d.to(h.dtype), lambda_b, rate=rate)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -128,6 +140,7 @@ VARIANT = Variant(
         "lambda_b": "d_out",
         "_A": "r widest_in",
         "_B": "widest_out r",
+        "_dropout?": "",
     },
     delta_norm=delta_norm,
     peft=(
@@ -137,7 +150,12 @@ VARIANT = Variant(
                 "lambda_d": PeftLeaf("vera_lambda_d"),
                 "lambda_b": PeftLeaf("vera_lambda_b"),
             },
-            settings=lambda leaves, shape: {"r": leaves["lambda_d"].shape[-1]},
+            settings=lambda leaves, shape: {
+                "r": leaves["lambda_d"].shape[-1],
+                **dropout_setting("vera_dropout", leaves),
+            },
+            constants=lambda config, leaves, W: dropout_leaf(config["vera_dropout"]),
+            defaults={"vera_dropout": 0.0},
             shared={"_A": "base_model.vera_A", "_B": "base_model.vera_B"},
             conv1d=True,
         ),
