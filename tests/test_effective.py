@@ -14,7 +14,7 @@ from lora_func.adapter import SHARED, group
 from lora_func.variants import by_name
 from lora_func.weights import Affine
 from tests.support.cases import CASES, Made
-from tests.support.models import TiedTwice, scramble
+from tests.support.models import TiedTwice, batch_for, make, scramble
 
 
 class Experts(nn.Module):
@@ -460,3 +460,29 @@ def test_a_tied_parameter_and_an_adapter_on_one_of_its_modules():
         return lf.fcall(model, {**point, **constants}, ids).square().sum()
 
     assert torch.autograd.gradcheck(loss, tuple(trained.values()))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_trained_bias_beside_a_variant_that_leaves_it(family):
+    model = make(family).requires_grad_(False)
+    cfg = [lf.Full(target_parameters="bias$"), lf.DoRA(r=2)]
+    adapters = [scramble(lf.init(model, cfg, seed=seed), seed) for seed in range(2)]
+    params, batch = adapters[0], batch_for(model)
+    loss = lf.fcall(model, params, batch)
+    again = make(family)
+    again.load_state_dict(lf.merge(model, params))
+    close = torch.testing.assert_close
+    close(loss, again(**batch).loss)
+    both = torch.stack([loss, lf.fcall(model, adapters[1], batch)])
+    close(lf.vcall(model, adapters, batch), both)
+    close(torch.vmap(lf.fcall, (None, 0, None))(model, lf.stack(adapters), batch), both)
+    trained = lf.partition(params)[0]
+    gradients = torch.autograd.grad(loss, trained.values())
+    assert all(gradient.any() for gradient in gradients)
+    ours = torch.func.grad(lf.fcall, argnums=1)(model, params, batch)
+    for key, gradient in zip(trained, gradients, strict=True):
+        close(ours[key], gradient)
+    with lf.attach(model, params):
+        close(model(**batch).loss, loss)
+    with pytest.raises(ValueError, match=r"its bias is named by two configs"):
+        lf.init(model, [lf.IA3(), lf.Full(target_parameters="bias$")])

@@ -92,9 +92,11 @@ def test_two_configs_for_one_site_are_refused():
     model = mlp()
     for cfg in (
         [lf.LoRA(r=2), lf.LoRA(r=1, target_modules="^0$")],
-        [lf.LoRA(r=2), lf.Full(target_parameters=r"^0\.bias")],
+        [lf.LoRA(r=2), lf.Full(target_parameters=r"^0\.weight")],
     ):
-        with pytest.raises(ValueError, match=r"^0: named by two configs, LoRA\(.*a site takes one"):
+        with pytest.raises(
+            ValueError, match=r"^0: its weight is named by two configs, LoRA\(.*it takes one"
+        ):
             lf.init(model, cfg)
 
 

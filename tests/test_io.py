@@ -128,7 +128,7 @@ def lora(model=None, **settings):
         ),
         (lambda p: p | {".lora.A": p[".lora.A"][None]}, ValueError, "lora.B: got shape"),
         (lambda p: {k: leaf[None, None] for k, leaf in p.items()}, ValueError, "leading axes"),
-        (lambda p: p | {".full.bias": torch.ones(3)}, ValueError, "adapted twice"),
+        (lambda p: p | {".full.weight": torch.ones(4, 6)}, ValueError, "adapted twice"),
     ],
 )
 def test_what_is_not_saved(tmp_path, change, error, message):

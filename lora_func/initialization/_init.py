@@ -235,12 +235,14 @@ def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Ten
 
 
 def _check_overlaps(named: Sequence[Named]) -> None:
-    owner: dict[str, AdapterConfig] = {}
+    owner: dict[tuple[str, str], AdapterConfig] = {}
     for config, targets in named:
+        both = ("weight",) if by_config(config).bias is None else ("weight", "bias")
         for target in targets:
-            if target.site in owner:
-                raise ValueError(
-                    f"{target.site}: named by two configs, {owner[target.site]!r} and {config!r}; "
-                    "a site takes one; narrow one of them with its patterns or layers"
-                )
-            owner[target.site] = config
+            for parameter in target.parameters or both:
+                other = owner.setdefault((target.site, parameter), config)
+                if other is not config:
+                    raise ValueError(
+                        f"{target.site}: its {parameter} is named by two configs, {other!r} and "
+                        f"{config!r}; it takes one; narrow one of them with its patterns or layers"
+                    )

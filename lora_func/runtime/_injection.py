@@ -165,11 +165,11 @@ class Injection:
 
     def _single(self, call: CallState) -> Iterator[Patch]:
         for sites in self.layouts[0].groups:
-            site = sites[0]
-            if not site.everywhere:
-                module = site.reference()
+            acting = [site for site in sites if not site.everywhere]
+            if acting:
+                module = acting[0].reference()
                 assert module is not None
-                yield override_forward(module, site.path, SingleForward, sites, call)
+                yield override_forward(module, acting[0].path, SingleForward, acting, call)
 
     def _stacked(self, rows: Rows, call: CallState) -> Iterator[Patch]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}

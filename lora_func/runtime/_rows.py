@@ -163,7 +163,7 @@ def _run_part(
 def _takes_stack(part: Part, module: nn.Module) -> bool:
     """True if the variant's ``apply`` runs all adapters of a part at once."""
     (site, *_) = part.sites
-    takes = site.variant.stacks and runs_apply(part.sites, module)
+    takes = site.variant.stacks and len(part.sites) == 1 and runs_apply(part.sites, module)
     return takes and not mixes_rows(module, site.path)
 
 

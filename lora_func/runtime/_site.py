@@ -33,7 +33,8 @@ class Site:
             replaces the module's forward, or its ``parameters`` name the parameters.
         everywhere: True if parameters are replaced for the whole call, wherever they are read;
             False if they are replaced while their module runs.
-        claims: The parameters that no other site may adapt; None for all of the module's.
+        claims: The parameters that it adapts; None for the weight, and the bias if the variant has
+            a view of it.
         variant: The variant.
         keys: Leaf -> key in the adapter.
         known: The keys whose leaves the variant has.
@@ -154,9 +155,8 @@ def check_claims(site: Site, others: Iterable[Site]) -> None:
         ValueError: If one does.
     """
     for other in others:
-        mine, theirs = site.claims, other.claims
-        if mine is None or theirs is None or mine & theirs:
+        if both := site.changed_names & other.changed_names:
             raise ValueError(
                 f"{site.path}: adapted twice, by {other.variant.name} at {other.path!r} and by "
-                f"{site.variant.name}; a module takes one variant"
+                f"{site.variant.name}, in {sorted(both)}; a parameter takes one variant"
             )

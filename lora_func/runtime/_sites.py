@@ -18,6 +18,7 @@ from lora_func.runtime._site import Site
 from lora_func.runtime._views import check_no_dropout, dense_parameters, effective_parameters
 from lora_func.weights import (
     affine,
+    is_linear,
     is_quantised,
 )
 
@@ -63,8 +64,12 @@ def run_sites(
         What the adapted module returns.
     """
     if runs_apply(sites, module):
-        (x,), (site,) = (*args, *kwargs.values()), sites
-        return site.variant.apply(affine(module, site.path), leaves[0], x)
+        (x,), W = (*args, *kwargs.values()), affine(module, sites[0].path)
+        if len(sites) == 1:
+            return sites[0].variant.apply(W, leaves[0], x)
+        first = 0 if sites[0].variant.parameters is None else 1
+        bias = leaves[1 - first]["bias"].to(W.dtype)
+        return sites[first].variant.apply(W._replace(bias=bias), leaves[first], x)
     own = inner_parameters(module)
     if len(sites) == 1 and runs_by_products(sites[0], module):
         (x,) = (*args, *kwargs.values())
@@ -168,6 +173,10 @@ def adapter_names(sites: Iterable[Site]) -> str:
 
 def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
     """True if the variant's ``apply`` replaces the module's forward."""
-    (site, *more) = sites
-    plain = type(module) is nn.Linear or is_quantised(module)
-    return site.parameter is None and (site.variant.parameters is None or plain) and not more
+    if len(sites) == 1:
+        (site,) = sites
+        plain = type(module) is nn.Linear or is_quantised(module)
+        return site.parameter is None and (site.variant.parameters is None or plain)
+    # beside a variant that leaves the bias as it is, the bias may be trained itself
+    kinds = [site.variant.parameters is None for site in sites if site.parameter is None]
+    return sorted(kinds) == [False, True] and len(sites) == 2 and is_linear(module)
