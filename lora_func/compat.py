@@ -223,14 +223,6 @@ def makes_inputs_require_grad(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__name__", "") == "make_inputs_require_grads"
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' ``Conv1D``, found by name: transformers stays unimported."""
-    for found in type(module).__mro__:
-        if found.__name__ == "Conv1D" and found.__module__ == "transformers.pytorch_utils":
-            return type(module).forward is getattr(found, "forward", None)
-    return False
-
-
 def is_cache(value: object) -> bool:
     """True for transformers' caches of keys and values, found by name."""
     return type(value).__module__.startswith("transformers.cache_utils")

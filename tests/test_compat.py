@@ -13,6 +13,7 @@ from transformers import DynamicCache, MambaConfig, MambaModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_func import compat
+from lora_func.weights import is_conv1d
 from tests.support.families import FAMILIES
 from tests.support.models import make
 
@@ -156,8 +157,8 @@ def test_transformers():
     model.enable_input_require_grads()
     hooks = [h for m in model.modules() for h in compat.forward_hooks_of(m).values()]
     assert any(map(compat.makes_inputs_require_grad, hooks))
-    assert compat.is_conv1d(Conv1D(2, 2))
-    assert not compat.is_conv1d(nn.Linear(2, 2))
+    assert is_conv1d(Conv1D(2, 2))
+    assert not is_conv1d(nn.Linear(2, 2))
     assert compat.is_cache(DynamicCache())
 
 

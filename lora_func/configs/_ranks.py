@@ -62,7 +62,7 @@ class DropoutConfig(AdapterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(DropoutConfig, RankConfig):
-    """A config of the family ``W + s B A``, with r from 1 to min(d_out, d_in).
+    """A config of the family ``W + s B A``.
 
     Attributes:
         alpha: Numerator of the scale ``s = alpha / r``. None, the default, means ``alpha = 2 r``:

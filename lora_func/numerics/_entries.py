@@ -28,7 +28,7 @@ def add_entries(x: Tensor, W: Weight, values: Tensor, indices: Tensor) -> Tensor
         Shape (..., d_out).
     """
     weight: Any
-    weight, bias = W if isinstance(W, Affine) else (W, None)
+    weight, bias = (W.weight, W.bias) if isinstance(W, Affine) else (W, None)
     if x.numel() and can_fuse(x, weight, bias):
         y: Tensor = _AddEntries.apply(x, weight, bias, values, indices)  # type: ignore[no-untyped-call]
         return y

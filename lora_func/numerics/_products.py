@@ -44,7 +44,7 @@ def add_low_rank(
         up, scale = scaled(up, scale), None
     down, up = down.to(x.dtype), up.to(x.dtype)
     weight: Any
-    weight, bias = W if isinstance(W, Affine) else (W, None)
+    weight, bias = (W.weight, W.bias) if isinstance(W, Affine) else (W, None)
     fuses = can_fuse(x, weight, bias)
     if fuses and bottleneck is None and gain is None and rate is None:
         fused: Tensor = _AddLowRank.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]

@@ -1,31 +1,45 @@
 """Reading PEFT's checkpoints."""
 
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import SHARED, Key, as_trainable, check_leaves, parse
+from lora_func.adapter import SHARED, Key, as_trainable, check_leaves
 from lora_func.errors import AdapterFileError
-from lora_func.modules import find_site, inner_model, original_parameters, shared_parameters
-from lora_func.peft._formats import CONFIG, INERT, PREFIX, WEIGHTS, all_formats, readable_formats
+from lora_func.modules import find_site, inner_model
+from lora_func.peft._checkpoint import Stored, by_module, read_config, read_tensors
+from lora_func.peft._formats import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    at_site,
+    is_targeted,
+    layer_of,
+    readable_formats,
+    sizes_of,
+    targeted_parameters,
+)
+from lora_func.peft._promises import check_promises
+from lora_func.peft._tied import mirrored_once
+from lora_func.peft._whole import FULL, check_no_buffer, tied_once, whole_parameters
 from lora_func.runtime import devices_of, layout_of
-from lora_func.variant import Params, PeftFormat
-from lora_func.variants import full
-from lora_func.weights import weight_at
+from lora_func.variant import Params
+from lora_func.weights import loaded, weight_at
 
 
-def from_peft(folder_or_id: str | PathLike[str], model: nn.Module) -> Params:
+def from_peft(
+    folder_or_id: str | PathLike[str], model: nn.Module, *, allow_nonfinite: bool = False
+) -> Params:
     """Read a checkpoint that PEFT or ``to_peft`` wrote.
 
     Args:
         folder_or_id: Its folder, or its name on the Hugging Face hub.
         model: The base model, not wrapped by PEFT.
+        allow_nonfinite: Whether NaN and infinity are allowed.
 
     Returns:
         The adapter, in the dtypes of the checkpoint and on the devices of the model; it computes
@@ -33,24 +47,23 @@ def from_peft(folder_or_id: str | PathLike[str], model: nn.Module) -> Params:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        AdapterFileError: If no variant reads its kind, its tensors are not what the config says, or
-            they do not fit the model.
+        AdapterFileError: If no variant reads its kind, a setting is unknown, the tensors are not
+            those that the config promises, or they do not fit the model.
     """
     folder, model = _downloaded(folder_or_id), inner_model(model)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder, allow_nonfinite)
     params: Params = {}
     for variant, found in readable_formats(config["peft_type"]):
         for leaf, name in found.shared.items():
             params[str(Key(SHARED, variant.name, leaf))] = _taken(folder, tensors, name)
     try:
-        rename = _renaming(model, [key.removeprefix(PREFIX) for key in tensors])
-        for path, stored in _by_module(tensors, config).items():
-            if path.endswith(_BASE):
-                _check_base(model, rename(path.removesuffix(_BASE)), stored)
-            else:
-                params |= _site_of(model, path, rename(path), config, stored)
-        params = _tied_once(model, params)
+        names = _names(model, [key.removeprefix(PREFIX) for key in tensors])
+        adapted: set[str] = set()
+        for stored in by_module(tensors, config["peft_type"]):
+            params |= _module(model, config, names, stored, adapted)
+        check_promises(model, config, names.to_peft, adapted, tensors)
+        params = tied_once(model, mirrored_once(model, config, params))
         layout_of(model, params)
         check_leaves(params, model)
     except (KeyError, TypeError, ValueError) as error:
@@ -67,153 +80,120 @@ def _downloaded(folder_or_id: str | PathLike[str]) -> Path:
     return Path(snapshot_download(folder_or_id, allow_patterns=[CONFIG, WEIGHTS]))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        config = dict(json.loads(path.read_text()))
-        kind = config["peft_type"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterFileError(f"{path}: is no config of PEFT ({error!r})") from error
-    formats = [found for _, found in readable_formats(kind)]
-    if not formats:
-        known = sorted({found.peft_type for _, found in all_formats()})
-        raise AdapterFileError(f"{path}: is of kind {kind!r}; the kinds that are read are {known}")
-    inert = dict(INERT)
-    for found in formats:
-        config, inert = {**found.defaults, **config}, {**inert, **found.inert}
-    for name, harmless in inert.items():
-        if config.get(name) not in harmless:
-            raise AdapterFileError(
-                f"{path}: {name} is {config[name]!r}; this setting changes the base or the forward "
-                f"pass, and is read only at {harmless}"
-            )
-    return config
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; pickled weights are never loaded")
-    try:
-        with torch.inference_mode(False):
-            return {key: tensor.clone() for key, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise AdapterFileError(f"{path}: is no safetensors file, or broken ({error})") from error
-
-
 def _taken(folder: Path, tensors: dict[str, Tensor], key: str) -> Tensor:
     if key not in tensors:
         raise AdapterFileError(f"{folder}: has no {key!r}; save it with save_projection=True")
     return tensors.pop(key)
 
 
-def _renaming(model: nn.Module, keys: Sequence[str]) -> Callable[[str], str]:
-    """From a checkpoint's names to the model's, which may lack or add the name of its base."""
+class _Names(NamedTuple):
+    """From a checkpoint's paths to the model's, and back; either may lack the name of the base."""
+
+    to_model: Callable[[str], str]
+    to_peft: Callable[[str], str]
+
+
+def _names(model: nn.Module, keys: Sequence[str]) -> _Names:
     base = f"{getattr(model, 'base_model_prefix', '')}."
-    names = [name for name, _ in model.named_modules() if name]
+    paths = [name for name, _ in model.named_modules() if name]
 
-    def fits(rename: Callable[[str], str]) -> bool:
-        return all(any(rename(key).startswith(f"{name}.") for name in names) for key in keys)
+    def same(path: str) -> str:
+        return path
 
-    ways: tuple[Callable[[str], str], ...] = (
-        lambda path: path,
-        lambda path: path.removeprefix(base),
-        lambda path: base + path,
-    )
+    def shorter(path: str) -> str:
+        return path.removeprefix(base)
+
+    def longer(path: str) -> str:
+        return base + path
+
+    def fits(names: _Names) -> bool:
+        there = (names.to_model(key) for key in keys)
+        return all(any(name.startswith(f"{path}.") for path in paths) for name in there)
+
+    ways = _Names(same, same), _Names(shorter, longer), _Names(longer, shorter)
     return next(filter(fits, ways), ways[0])
 
 
-def _by_module(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, dict[str, Tensor]]:
-    """Tensors by the path of their module and by the rest of their name."""
-    suffixes = [
-        leaf.name
-        for _, found in readable_formats(config["peft_type"])
-        for leaf in found.leaves.values()
-    ]
-    by_module: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        suffix = next((s for s in suffixes if name.endswith(f".{s}")), name.rpartition(".")[2])
-        by_module.setdefault(name.removesuffix(suffix).rstrip("."), {})[suffix] = tensor
-    return by_module
+def _module(
+    model: nn.Module, config: Mapping[str, Any], names: _Names, stored: Stored, adapted: set[str]
+) -> Params:
+    """The leaves at one module; adds the sites of an adapter to ``adapted``."""
+    kind, path = config["peft_type"], names.to_model(stored.path)
+    formats = readable_formats(kind)
+    leaf_names = {leaf.name for _, found in formats for leaf in found.leaves.values()}
+    adapter = {rest: t for rest, t in stored.tensors.items() if rest in leaf_names}
+    others = {rest: t for rest, t in stored.tensors.items() if rest not in leaf_names}
+    try:
+        find_site(model, path)
+    except KeyError as error:
+        held = [f"{stored.path}.{rest}" for rest in stored.tensors]
+        raise ValueError(
+            f"the checkpoint holds {held}, whose names end like no tensor of a {kind}; "
+            f"{error.args[0]}"
+        ) from None
+    params: Params = {}
+    for _, found in formats:
+        for rest in [rest for rest in others if rest.startswith(found.whole or "/")]:
+            adapted.add(path)
+            inside, _, name = rest.removeprefix(found.whole or "").rpartition(".")
+            site = f"{path}.{inside}" if inside else path
+            check_no_buffer(site, find_site(model, site)[0], name)
+            params[str(Key(site, FULL, name))] = others.pop(rest)
+    if adapter:
+        module, _ = find_site(model, path)
+        parameters = targeted_parameters(config, stored.path, module)
+        site, peft_path = path, stored.path
+        layer = layer_of(model, path)
+        if layer == "in_proj":
+            site = f"{path}.in_proj_weight"
+        elif layer == "out_proj" and not is_targeted(config, stored.path.rpartition(".")[0]):
+            raise ValueError(
+                f"{path}: torch's attention reads this weight past its module, so PEFT's adapter "
+                "has no effect there; leave it out of target_modules and of the file"
+            )
+        elif parameters:
+            # the first of several parameters is the innermost
+            name = parameters[max(len(parameters) - 1 - stored.depth, 0)]
+            site, peft_path = f"{path}.{name}", f"{stored.path}.{name}"
+        adapted.add(site)
+        params |= _site(model, config, peft_path, site, adapter)
+    return params | whole_parameters(config, model, stored.path, path, others)
 
 
-def _site_of(
+def _site(
     model: nn.Module,
-    peft_path: str,
-    path: str,
     config: Mapping[str, Any],
+    peft_path: str,
+    site: str,
     stored: Mapping[str, Tensor],
 ) -> Params:
-    module, _ = find_site(model, path)
+    layer, sizes, module = layer_of(model, site), sizes_of(model, site), find_site(model, site)[0]
     for variant, found in readable_formats(config["peft_type"]):
         names = {leaf.name for leaf in found.leaves.values()}
-        fits = names == stored.keys() and found.embedding == isinstance(module, nn.Embedding)
+        fits = names == stored.keys() and layer in found.layers
         if not fits or not found.means(config, peft_path):
             continue
-        own = _at_site(config, found, peft_path)
-        leaves = {leaf: it.read(stored[it.name], own) for leaf, it in found.leaves.items()}
-        with torch.no_grad():
-            leaves |= found.constants(own, leaves, weight_at(model, path))
-        return {str(Key(path, variant.name, leaf)): tensor for leaf, tensor in leaves.items()}
-    wanted = config.get("modules_to_save") or []
-    kept = any(f".{name}." in f".{peft_path}." for name in wanted)
-    if not kept or not stored.keys() <= original_parameters(module).keys():
-        raise ValueError(f"{path}: its tensors {[*stored]} are not what the config says")
-    return {str(Key(path, _FULL, name)): tensor for name, tensor in stored.items()}
-
-
-_BASE = ".base_layer"
-"""The name under which PEFT writes the weight of an adapted embedding."""
-
-_FULL = full.VARIANT.name
-
-
-def _check_base(model: nn.Module, path: str, stored: Mapping[str, Tensor]) -> None:
-    module, _ = find_site(model, path)
-    own = original_parameters(module)
-    for name, tensor in stored.items():
-        if name not in own or not torch.equal(own[name].detach().cpu(), tensor.to(own[name].dtype)):
-            raise ValueError(
-                f"{path}.{name}: the checkpoint holds another weight than the model; load the "
-                "checkpoint's into the model first"
-            )
-
-
-def _tied_once(model: nn.Module, params: Params) -> Params:
-    """Keep one of the copies of a tied parameter, if they are equal; PEFT trains each copy."""
-    places, names = shared_parameters(model), {id(m): name for name, m in model.named_modules()}
-    kept = dict(params)
-    for key in params:
-        path, variant, leaf = parse(key)
-        if variant != _FULL or key not in kept:
-            continue
-        others = [
-            str(Key(names[id(m)], _FULL, n)) for m, n in places[model.get_submodule(path), leaf]
-        ]
-        if any(o not in params or not torch.equal(params[o], params[key]) for o in others):
-            raise ValueError(
-                f"{path}.{leaf}: is tied in the model, and {others} in the checkpoint are not all "
-                "there, or not equal; untie them in the model first"
-            )
-        for other in others[1:]:
-            kept.pop(other, None)
-    return kept
-
-
-def _at_site(config: Mapping[str, Any], found: PeftFormat, path: str) -> dict[str, Any]:
-    """The config for one site, with its exceptions."""
-    own = dict(config)
-    for name, pattern in found.patterns.items():
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", path):
-                own[name] = value
-                break
-    return own
+        if why := found.refuses(module):
+            raise ValueError(f"{site}: {why}; its adapter has no equal here")
+        own = at_site(config, found, peft_path)
+        try:
+            leaves = {
+                leaf: it.from_peft(stored[it.name], own, sizes) for leaf, it in found.leaves.items()
+            }
+        except RuntimeError as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+            raise ValueError(f"{site}: tensors of shapes {shapes} do not fit: {error}") from error
+        with torch.no_grad(), loaded(module):
+            W = weight_at(model, site)
+            try:
+                leaves |= found.constants(own, leaves, W)
+            except ValueError as error:
+                raise ValueError(f"{site}: {error}") from None
+            d_out, d_in = W.weight.shape[-2:]
+            rank = found.settings(leaves, (d_out, d_in)).get("r")
+        if rank and own.get("r") and rank != own["r"]:
+            raise ValueError(f"{site}: has rank {rank}, the config says {own['r']}")
+        return {str(Key(site, variant.name, leaf)): tensor for leaf, tensor in leaves.items()}
+    raise ValueError(
+        f"{site}: its tensors {[*stored]} are not what the config says of a {layer} layer"
+    )

@@ -3,30 +3,22 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lora_func.adapter import SHARED, Key, group
+from lora_func.adapter import SHARED, Key
 from lora_func.checks import check_choice
 from lora_func.files import replace_file
-from lora_func.modules import find_site, inner_model, original_parameters, shared_parameters
-from lora_func.peft._formats import CONFIG, PREFIX, WEIGHTS, readable_formats, writable_format
+from lora_func.modules import find_site, inner_model
+from lora_func.peft._formats import CONFIG, PREFIX, WEIGHTS, readable_formats
+from lora_func.peft._sites import PeftSite, peft_sites
+from lora_func.peft._task import TASKS, hidden_by_head, task_of
+from lora_func.peft._trained import Trained, check_ambiguous, trained_parameters
 from lora_func.runtime import check_single
-from lora_func.variant import PeftFormat
-from lora_func.variants import by_name
-from lora_func.weights import is_linear, weight_at
-
-
-class _Site(NamedTuple):
-    path: str
-    variant: str
-    format: PeftFormat
-    leaves: dict[str, Tensor]
-    settings: dict[str, Any]
 
 
 def to_peft(
@@ -35,152 +27,138 @@ def to_peft(
     *,
     model: nn.Module,
     base_model_name: str | None = None,
+    task_type: str | None = None,
     target: Literal["peft", "vllm"] = "peft",
 ) -> None:
     """Write an adapter as a checkpoint that ``peft.PeftModel.from_pretrained`` loads.
 
     A variant is written in its field ``peft``: in PEFT's own format, or as a LoRA that makes the
     same change. Parameters that are trained themselves (``Full``) become PEFT's
-    ``modules_to_save``, beside an adapter of another variant.
+    ``modules_to_save`` or ``bias`` beside an adapter of another variant, and PEFT's LN_TUNING
+    alone.
 
     Args:
         params: The adapter; all sites of one kind of PEFT.
         folder: The folder to write to; it is made if it does not exist.
         model: The model it belongs to.
-        base_model_name: The name of the base in PEFT's config.
+        base_model_name: The name of the base in PEFT's config. With it,
+            ``peft.AutoPeftModelFor...`` loads the checkpoint.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM"; None infers it from the class of a
+            transformers model.
         target: "vllm" also refuses what vLLM does not serve.
 
     Raises:
         KeyError: If a key names nothing in the model.
-        TypeError: If the variant has no format of PEFT, or none for such a layer.
+        TypeError: If PEFT has no format for a variant on such a layer.
         ValueError: If params is a stack, kinds are mixed, PEFT has a single value for a setting
-            that differs from site to site, or vLLM would not serve the adapter.
+            that differs from site to site, PEFT would ignore a site for the task, or vLLM would not
+            serve the adapter.
+        BusyModelError: If the model has an adapter attached.
         OSError: If a file cannot be written.
     """
     check_choice("target", target, ("peft", "vllm"))
+    check_choice("task_type", task_type, TASKS)
     model = inner_model(model)
     check_single(params, model)
     leaves = {key: leaf.detach().cpu() for key, leaf in params.items()}
-    sites, saved = _sites(model, leaves)
-    config = _config(model, sites, saved) | {"base_model_name_or_path": base_model_name}
+    sites, whole = peft_sites(model, leaves)
+    stems = {site.module: site.stem for site in sites}
+    task = _task(model, task_type, [*stems])
+    trained = trained_parameters(model, whole, stems, _kind(sites), task)
+    config = _config(model, sites, trained) | {
+        "base_model_name_or_path": base_model_name,
+        "task_type": task,
+    }
+    if task is None:
+        kind = type(model)
+        parent = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        config["auto_mapping"] = parent
     if target == "vllm":
         _check_served(config)
-    tensors = {
-        f"{PREFIX}{site.path}.{leaf.name}": leaf.write(site.leaves[name]).contiguous()
-        for site in sites
-        for name, leaf in site.format.leaves.items()
-    }
+    tensors = {f"{PREFIX}{name}": t for site in sites for name, t in site.tensors().items()}
     tensors |= {
         name: leaves[str(Key(SHARED, site.variant, leaf))].clone()
         for site in sites
         for leaf, name in site.format.shared.items()
     }
-    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in trained.tensors.items()}
+    _write(Path(folder), tensors, config)
 
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # without a config, half a checkpoint does not pass for a whole one
     (folder / CONFIG).unlink(missing_ok=True)
-    replace_file(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+    replace_file(folder / WEIGHTS, save({**tensors}, {"format": "pt"}))
     replace_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
 
 
-def _sites(model: nn.Module, leaves: Mapping[str, Tensor]) -> tuple[list[_Site], dict[str, Tensor]]:
-    """The sites in PEFT's terms, and the parameters of the modules that it keeps whole."""
-    sites: list[_Site] = []
-    saved: dict[str, Tensor] = {}
-    trained: dict[str, Tensor] = {}
-    for (path, name), keys in group(leaves).items():
-        module, parameter = find_site(model, path)
-        own = {leaf: leaves[key] for leaf, key in keys.items()}
-        if not path:
-            raise TypeError(f"{type(model).__name__}: PEFT wraps parts of a model, not all of it")
-        variant = by_name(name)
-        if variant.parameters is not None:
-            whole, changed = _whole(model, path, own)
-            saved, trained = saved | whole, trained | changed
-            continue
-        embedding = isinstance(module, nn.Embedding)
-        found = writable_format(variant, own, embedding)
-        if found is None or parameter is not None:
-            raise TypeError(
-                f"{path}: there is no format of PEFT for this {name} on a {type(module).__name__}; "
-                "lora_func.to_lora makes a LoRA of any change of weights"
-            )
-        linear = is_linear(module) and (isinstance(module, nn.Linear) or found.conv1d)
-        if not linear and not embedding:
-            raise TypeError(
-                f"{path}: there is no format of PEFT for {name} on a {type(module).__name__}"
-            )
-        own = own if found.convert is None else found.convert(own)
-        d_out, d_in = weight_at(model, path).shape
-        try:
-            settings = found.settings(own, (d_out, d_in))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        sites.append(_Site(path, name, found, own, settings))
-    return sites, saved | trained
-
-
-def _whole(
-    model: nn.Module, path: str, own: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All parameters of modules with trained ones, and the trained ones, at each tied place."""
-    places, here = shared_parameters(model), model.get_submodule(path)
-    names = {id(module): name for name, module in model.named_modules()}
-    whole: dict[str, Tensor] = {}
-    trained: dict[str, Tensor] = {}
-    for leaf, tensor in own.items():
-        for module, alias in places[here, leaf]:
-            name = names[id(module)]
-            if any(module.children()):
-                raise TypeError(f"{name}: PEFT keeps whole modules; this one has others inside")
-            for of_it, p in original_parameters(module).items():
-                if p is not None:
-                    whole[f"{name}.{of_it}"] = p.detach().cpu().clone()
-            trained[f"{name}.{alias}"] = tensor.clone()
-    return whole, trained
-
-
-def _config(
-    model: nn.Module, sites: Sequence[_Site], saved: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _kind(sites: Sequence[PeftSite]) -> str | None:
+    """The kind of adapter; None if there is none beside the trained parameters."""
     kinds = {site.format.peft_type: site.variant for site in sites}
-    if len(kinds) != 1:
+    if len(kinds) > 1:
         raise ValueError(
             f"params: holds {[*kinds.values()]}; a checkpoint of PEFT has one kind of adapter, and "
             "possibly trained parameters"
         )
-    ((peft_type, _),) = kinds.items()
-    paths = [site.path for site in sites]
+    return next(iter(kinds), None)
+
+
+def _task(model: nn.Module, given: str | None, paths: Sequence[str]) -> str | None:
+    task = given or task_of(model)
+    if path := hidden_by_head(task, paths):
+        if given is None:
+            return None
+        raise ValueError(
+            f"{path}: PEFT keeps this module whole for {task!r}, and ignores an adapter there; "
+            "leave task_type out"
+        )
+    return task
+
+
+def _config(model: nn.Module, sites: Sequence[PeftSite], trained: Trained) -> dict[str, Any]:
+    kind = _kind(sites)
+    if kind is None:
+        modules = _targets(model, trained.targets)
+        return {"peft_type": trained.kind, "inference_mode": True, "target_modules": modules}
+    of_parameters = [site.path for site in sites if "Parameter" in site.format.layers]
+    paths = [*dict.fromkeys(site.path for site in sites if site.path not in of_parameters)]
     config: dict[str, Any] = {
-        "peft_type": peft_type,
+        "peft_type": kind,
         "inference_mode": True,
-        "target_modules": _targets(model, paths),
+        "target_modules": _targets(model, paths) if paths else None,
     }
+    if of_parameters:
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        check_ambiguous(of_parameters, names)
+        config["target_parameters"] = of_parameters
     config |= _settings(sites)
-    for setting in {f.listed for _, f in readable_formats(peft_type) if f.listed}:
+    for setting in {f.listed for _, f in readable_formats(kind) if f.listed}:
         listed = [site.path for site in sites if site.format.listed == setting]
         config[setting] = "|".join(map(re.escape, listed)) if listed else []
-    if sites[0].format.conv1d:
+    if any("Conv1D" in site.format.layers for site in sites):
         config["fan_in_fan_out"] = not any(
-            isinstance(model.get_submodule(path), nn.Linear) for path in paths
+            isinstance(find_site(model, path)[0], nn.Linear) for path in paths
         )
-    if saved:
-        whole = {name.rpartition(".")[0] for name in saved}
-        for name, _ in model.named_modules():
-            if name not in whole and any(name.endswith(path) for path in whole):
-                raise ValueError(
-                    f"{name}: PEFT would keep this module too, since its path ends like one of "
-                    f"{sorted(whole)}"
-                )
-        config["modules_to_save"] = sorted(whole)
+    if {"embed_tokens"} == {path.rpartition(".")[2] for path in paths} & {"embed_tokens"}:
+        config["ensure_weight_tying"] = _is_mirrored(sites)
+    if trained.modules:
+        config["modules_to_save"] = sorted(trained.modules)
+    if trained.bias:
+        config["bias"] = trained.bias
     return config
 
 
-def _settings(sites: Sequence[_Site]) -> dict[str, Any]:
+def _is_mirrored(sites: Sequence[PeftSite]) -> bool:
+    """True if an embedding and its head hold the same leaves, one of them transposed."""
+    memory = [{leaf.data_ptr() for leaf in site.leaves.values() if leaf.ndim} for site in sites]
+    embedding = [i for i, site in enumerate(sites) if "Embedding" in site.format.layers]
+    return any(memory[i] == own for i in embedding for j, own in enumerate(memory) if j != i)
+
+
+def _settings(sites: Sequence[PeftSite]) -> dict[str, Any]:
     """The settings of most sites, and the exceptions that PEFT can hold."""
     config: dict[str, Any] = {}
     patterns = sites[0].format.patterns
@@ -199,7 +177,7 @@ def _settings(sites: Sequence[_Site]) -> dict[str, Any]:
     return config
 
 
-def _targets(model: nn.Module, paths: Sequence[str]) -> list[str] | str:
+def _targets(model: nn.Module, paths: Collection[str]) -> list[str] | str:
     """Full paths; a regular expression if the path of another module ends with one of them."""
     names = [name for name, _ in model.named_modules() if name not in {*paths}]
     if any(name.endswith(f".{path}") for name in names for path in paths):
@@ -212,6 +190,8 @@ def _check_served(config: Mapping[str, Any]) -> None:
         f"adapters of kind {config['peft_type']}": config["peft_type"] != "LORA",
         "DoRA": config.get("use_dora", False),
         "modules_to_save": bool(config.get("modules_to_save")),
+        "trained biases": bool(config.get("bias")),
+        "target_parameters": bool(config.get("target_parameters")),
         "scales that differ from site to site": bool(config.get("alpha_pattern"))
         or bool(config.get("rank_pattern")),
     }

@@ -6,7 +6,13 @@ themselves stand in ``variants``.
 """
 
 from lora_func.variant._axes import fit, parse_axes
-from lora_func.variant._peft_format import PeftFormat, PeftLeaf, matches_path
+from lora_func.variant._peft_format import (
+    CONVOLUTIONS,
+    PeftFormat,
+    PeftLeaf,
+    differs_on_convolution,
+    matches_path,
+)
 from lora_func.variant._protocols import (
     ApplyFn,
     BiasFn,
@@ -22,6 +28,7 @@ from lora_func.variant._protocols import (
 from lora_func.variant._variant import Params, Trial, Variant, check_variant, rank_of, ranks_of
 
 __all__ = [
+    "CONVOLUTIONS",
     "ApplyFn",
     "BiasFn",
     "ConcludeFn",
@@ -38,6 +45,7 @@ __all__ = [
     "Variant",
     "WeightFn",
     "check_variant",
+    "differs_on_convolution",
     "fit",
     "matches_path",
     "parse_axes",

@@ -1,8 +1,8 @@
 """How PEFT names and stores the leaves of a variant: a field of the variant."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ Leaves: TypeAlias = Mapping[str, Tensor]
 Settings: TypeAlias = Mapping[str, Any]
 
 
+Layout: TypeAlias = Literal["plain", "kernel", "ones", "major", "minor"]
+
+
 class PeftLeaf(NamedTuple):
     """One tensor of a checkpoint.
 
@@ -20,11 +23,70 @@ class PeftLeaf(NamedTuple):
         name: PEFT's name for it, after the path of its module.
         write: From the leaf to PEFT's tensor.
         read: From PEFT's tensor to the leaf, given the config.
+        layout: How a convolution or a stack of matrices stands in PEFT's tensor. "kernel": the last
+            axis is split into channels and the axes of the kernel. "ones": axes of size 1 follow,
+            as many as the kernel has. "major" and "minor": the matrices of a stack follow one
+            another along the first axis, or alternate along the last one.
     """
 
     name: str
     write: Callable[[Tensor], Tensor] = torch.Tensor.clone
     read: Callable[[Tensor, Settings], Tensor] = lambda tensor, config: tensor.clone()
+    layout: Layout = "plain"
+
+    def to_peft(self, leaf: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Write a leaf.
+
+        Args:
+            leaf: The leaf.
+            sizes: Of the kernel of a convolution, or the number of matrices in a stack.
+
+        Returns:
+            PEFT's tensor.
+        """
+        if self.layout == "major":
+            return self.write(leaf.flatten(0, len(sizes))).contiguous()
+        if self.layout == "minor":
+            return self.write(leaf.movedim(0, -1).flatten(1) if sizes else leaf).contiguous()
+        tensor = self.write(leaf)
+        if self.layout == "kernel":
+            tensor = tensor.reshape(*tensor.shape[:-1], -1, *sizes)
+        elif self.layout == "ones":
+            tensor = tensor.reshape(*tensor.shape, *[1] * len(sizes))
+        return tensor.contiguous()
+
+    def from_peft(self, tensor: Tensor, config: Settings, sizes: Sequence[int]) -> Tensor:
+        """Read a leaf.
+
+        Args:
+            tensor: PEFT's tensor.
+            config: The config of its site.
+            sizes: Of the kernel of a convolution, or the number of matrices in a stack.
+
+        Returns:
+            The leaf.
+        """
+        if self.layout == "major" and sizes:
+            tensor = tensor.reshape(*sizes, -1, *tensor.shape[1:])
+        elif self.layout == "minor" and sizes:
+            tensor = tensor.reshape(len(tensor), -1, *sizes).movedim(-1, 0)
+        elif self.layout == "kernel":
+            tensor = tensor.flatten(-1 - len(sizes))
+        elif self.layout == "ones":
+            tensor = tensor.reshape(tensor.shape[: tensor.ndim - len(sizes)])
+        return self.read(tensor, config).contiguous()
+
+
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+
+
+def differs_on_convolution(module: Any) -> str | None:
+    """Say why PEFT's adapter of a convolution is no change of its weight; None if it is."""
+    if module.groups > 1:
+        return "its groups share PEFT's adapter, which mixes them"
+    if module.padding_mode != "zeros":
+        return f"PEFT pads the adapter's input with zeros, the layer by {module.padding_mode!r}"
+    return None
 
 
 class PeftFormat(NamedTuple):
@@ -45,10 +107,14 @@ class PeftFormat(NamedTuple):
         patterns: Settings that may differ from site to site -> the setting with the exceptions.
         defaults: PEFT's values for settings that a config leaves out.
         inert: Settings that are accepted only at these values, at which they change nothing.
+        ignored: Settings that change nothing in a checkpoint that is loaded, at any value.
         listed: A setting that lists the sites of this format, if PEFT tells formats apart by it.
         shared: Leaf under ``*`` -> the full name of its tensor.
-        embedding: True if PEFT stores this format for embeddings, and for nothing else.
-        conv1d: True if PEFT supports transformers' ``Conv1D``.
+        layers: The layers on which PEFT stores this format: classes by name (``CONVOLUTIONS`` are
+            three), "Parameter" for parameters, "in_proj" and "out_proj" for those of torch's
+            attention.
+        refuses: From a module, why PEFT computes something else there; None if it does not.
+        whole: For a variant that replaces parameters, what stands before their names; None else.
     """
 
     peft_type: str
@@ -61,10 +127,12 @@ class PeftFormat(NamedTuple):
     patterns: Mapping[str, str] = {}
     defaults: Mapping[str, Any] = {}
     inert: Mapping[str, tuple[Any, ...]] = {}
+    ignored: Collection[str] = ()
     listed: str | None = None
     shared: Mapping[str, str] = {}
-    embedding: bool = False
-    conv1d: bool = False
+    layers: Collection[str] = ("Linear",)
+    refuses: Callable[[Any], str | None] = lambda module: None
+    whole: str | None = None
 
 
 def matches_path(names: str | Sequence[str] | None, path: str) -> bool:

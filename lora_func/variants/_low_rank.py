@@ -15,7 +15,7 @@ from lora_func.numerics import (
     low_rank_norm,
     scaled,
 )
-from lora_func.variant import PeftFormat, PeftLeaf
+from lora_func.variant import CONVOLUTIONS, PeftFormat, PeftLeaf, differs_on_convolution
 from lora_func.weights import Affine, Weight, dense
 
 LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": "", "_dropout?": ""}
@@ -61,7 +61,10 @@ def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
-    r, scale = leaves["A"].shape[-2], leaves["_scale"].item()
+    r, scales = leaves["A"].shape[-2], [*{*leaves["_scale"].reshape(-1).tolist()}]
+    if len(scales) > 1:
+        raise ValueError(f"its matrices have the scales {scales}; PEFT has one for all of them")
+    (scale,) = scales
     # the alpha that divided by r gives the scale to the last bit
     alpha = scale * r
     near = (alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
@@ -75,7 +78,24 @@ def _peft_scale(
     r = leaves["A"].shape[-2]
     scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
     dtype = torch.promote_types(leaves["A"].dtype, torch.float32)
-    return {"_scale": torch.tensor(scale, dtype=dtype), **dropout_leaf(config["lora_dropout"])}
+    return {
+        "_scale": torch.full(leaves["A"].shape[:-2], scale, dtype=dtype),
+        **dropout_leaf(config["lora_dropout"]),
+    }
+
+
+def _without_dropout(
+    config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine
+) -> dict[str, Tensor]:
+    return _peft_scale({**config, "lora_dropout": 0.0}, leaves, W)
+
+
+def _twice(config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine) -> dict[str, Tensor]:
+    return {"_scale": 2 * _without_dropout(config, leaves, W)["_scale"]}
+
+
+def _half_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+    return _peft_settings({**leaves, "_scale": leaves["_scale"] / 2}, shape)
 
 
 PEFT_LORA = PeftFormat(
@@ -83,30 +103,60 @@ PEFT_LORA = PeftFormat(
     leaves={"A": PeftLeaf("lora_A.weight"), "B": PeftLeaf("lora_B.weight")},
     settings=_peft_settings,
     constants=_peft_scale,
-    means=lambda config, path: not config.get("use_dora"),
+    means=lambda config, path: (
+        not config.get("use_dora") and config.get("init_lora_weights") != "pissa"
+    ),
     patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
-    defaults={"lora_alpha": 8, "lora_dropout": 0.0},
+    defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False},
     inert={
-        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
         "lora_bias": (None, False),
         "use_qalora": (None, False),
         "use_bdlora": (None, False),
         "alora_invocation_tokens": (None,),
         "layer_replication": (None,),
         "trainable_token_indices": (None,),
+        "megatron_config": (None,),
         "arrow_config": (None,),
         "kasa_config": (None,),
         "monteclora_config": (None,),
+        "velora_config": (None,),
     },
-    conv1d=True,
+    ignored=(
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"),
+        *("qalora_group_size", "runtime_config"),
+    ),
+    layers=("Linear", "Conv1D"),
 )
 PEFT_EMBEDDING = PEFT_LORA._replace(
     leaves={"A": PeftLeaf("lora_embedding_A"), "B": PeftLeaf("lora_embedding_B")},
-    constants=lambda config, leaves, W: _peft_scale({**config, "lora_dropout": 0.0}, leaves, W),
-    embedding=True,
+    constants=_without_dropout,
+    layers=("Embedding",),
 )
-PEFT_FORMATS = (PEFT_LORA, PEFT_EMBEDDING)
-"""LoRA as PEFT stores it, on layers and on embeddings."""
+PEFT_CONVOLUTION = PEFT_LORA._replace(
+    leaves={
+        "A": PeftLeaf("lora_A.weight", layout="kernel"),
+        "B": PeftLeaf("lora_B.weight", layout="ones"),
+    },
+    layers=CONVOLUTIONS,
+    refuses=differs_on_convolution,
+)
+PEFT_PARAMETER = PEFT_LORA._replace(
+    leaves={
+        "A": PeftLeaf("lora_A.weight", layout="major"),
+        "B": PeftLeaf("lora_B.weight", layout="minor"),
+    },
+    constants=_without_dropout,
+    layers=("Parameter",),
+)
+PEFT_IN_PROJ = PEFT_LORA._replace(constants=_without_dropout, layers=("in_proj",))
+PEFT_OUT_PROJ = PEFT_LORA._replace(constants=_twice, settings=_half_settings, layers=("out_proj",))
+"""PEFT, to 0.21, adds the change of the output projection of torch's attention twice."""
+
+PEFT_FORMATS = (
+    *(PEFT_LORA, PEFT_EMBEDDING, PEFT_CONVOLUTION, PEFT_PARAMETER, PEFT_IN_PROJ, PEFT_OUT_PROJ),
+)
+"""LoRA as PEFT stores it, on each kind of layer."""
 
 PEFT_EXPORTS = tuple(one._replace(convert=dict) for one in PEFT_FORMATS)
 """The same for variants that are written as a LoRA; a LoRA is what is read."""

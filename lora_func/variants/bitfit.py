@@ -24,7 +24,7 @@ from torch import Generator, Tensor
 from lora_func.checks import check_flag
 from lora_func.configs import LinearConfig
 from lora_func.numerics import along_rows
-from lora_func.variant import Trial, Variant
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
 from lora_func.weights import Affine, Weight, bias_of, dense, linear
 
 
@@ -104,6 +104,12 @@ VARIANT = Variant(
     bias=bias,
     leaves={"delta": "d_out"},
     neutral={"delta": 0.0},
+    peft=(
+        PeftFormat(
+            "BEFT",
+            leaves={"delta": PeftLeaf("beft_bias", lambda d: d[None], lambda d, _: d.flatten())},
+        ),
+    ),
     trials={"bitfit": Trial({"allow_new_bias": True}, lr=3e-3)},
     stacks=True,
 )

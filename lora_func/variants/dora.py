@@ -31,7 +31,6 @@ from lora_func.numerics import (
     DROPOUT,
     along_rows,
     at_least_float32,
-    check_rank,
     dropout,
     dropout_leaf,
     kaiming_uniform,
@@ -39,8 +38,8 @@ from lora_func.numerics import (
     scaled,
     without_autocast,
 )
-from lora_func.variant import PeftLeaf, Trial, Variant
-from lora_func.variants._low_rank import LOW_RANK, PEFT_LORA
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variants._low_rank import LOW_RANK, PEFT_CONVOLUTION, PEFT_EMBEDDING, PEFT_LORA
 from lora_func.variants._low_rank import apply as low_rank
 from lora_func.weights import Affine, Weight, bias_of, dense, linear, matmul_weight
 
@@ -64,7 +63,6 @@ def init(W: Weight, cfg: DoRA, generator: Generator, stats: None = None) -> dict
         A (r, d_in), B (d_out, r), m and _w_sqnorm (d_out,), _scale (); _dropout () if there is any.
     """
     d_out, d_in = W.shape
-    check_rank(cfg.r, (d_out, d_in))
     squares = squared_norms(W)
     return {
         "A": kaiming_uniform(cfg.r, d_in, generator),
@@ -131,14 +129,28 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + (g - 1).to(W.dtype) * W + added.to(W.dtype)
 
 
-_PEFT = PEFT_LORA._replace(
-    leaves={**PEFT_LORA.leaves, "m": PeftLeaf("lora_magnitude_vector")},
-    settings=lambda leaves, shape: PEFT_LORA.settings(leaves, shape) | {"use_dora": True},
-    constants=lambda config, leaves, W: {
-        "_w_sqnorm": squared_norms(W),
-        **PEFT_LORA.constants(config, leaves, W),
-    },
-    means=lambda config, path: bool(config.get("use_dora")),
+def _peft(of_lora: PeftFormat, m: PeftLeaf) -> PeftFormat:
+    return of_lora._replace(
+        leaves={**of_lora.leaves, "m": m},
+        settings=lambda leaves, shape: of_lora.settings(leaves, shape) | {"use_dora": True},
+        constants=lambda config, leaves, W: {
+            "_w_sqnorm": squared_norms(W),
+            **of_lora.constants(config, leaves, W),
+        },
+        means=lambda config, path: (
+            bool(config.get("use_dora")) and config.get("init_lora_weights") != "pissa"
+        ),
+    )
+
+
+_M = PeftLeaf("lora_magnitude_vector")
+_PEFT = (
+    _peft(PEFT_LORA, _M),
+    _peft(PEFT_EMBEDDING, _M),
+    _peft(
+        PEFT_CONVOLUTION,
+        _M._replace(write=lambda m: m[None], read=lambda m, _: m.flatten(), layout="ones"),
+    ),
 )
 
 VARIANT = Variant(
@@ -148,7 +160,7 @@ VARIANT = Variant(
     apply=apply,
     weight=weight,
     leaves={**LOW_RANK, "m": "d_out", "_w_sqnorm": "d_out"},
-    peft=(_PEFT,),
+    peft=_PEFT,
     trials={"dora": Trial(peft=("LoraConfig", {"r": 8, "use_dora": True}))},
     pads=True,
     stacks=True,

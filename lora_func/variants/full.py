@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from lora_func.configs import ParameterConfig
-from lora_func.variant import Variant
+from lora_func.variant import PeftFormat, Variant
 from lora_func.weights import Affine, Weight, dense, linear
 
 
@@ -55,7 +55,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     layer = W if isinstance(W, Affine) else Affine(W)
-    return linear(x, layer._replace(**{name: leaf.to(x.dtype) for name, leaf in params.items()}))
+    trained = {name: leaf.to(x.dtype) for name, leaf in params.items()}
+    return linear(x, Affine(trained.get("weight", layer.weight), trained.get("bias", layer.bias)))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -95,4 +96,5 @@ VARIANT = Variant(
     bias=bias,
     leaves={},
     parameters=parameters,
+    peft=(PeftFormat("LN_TUNING", leaves={}, whole="ln_tuning_layers."),),
 )

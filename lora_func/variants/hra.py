@@ -21,13 +21,14 @@ and its Gram-Schmidt option breaks the pairs; neither starts as the base, and we
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from lora_func.configs import RankConfig
 from lora_func.numerics import at_least_float32, without_autocast
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, differs_on_convolution
 from lora_func.weights import Weight, dense, linear
 
 
@@ -94,6 +95,15 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W - (W @ P.mT) @ U
 
 
+def _differs_in_peft(module: Any) -> str | None:
+    if not isinstance(module, nn.Conv2d):
+        return None
+    found: list[tuple[Any, ...]] = [module.kernel_size, module.stride, tuple(module.padding)]
+    if module.dilation != (1, 1) or any(len({*sizes}) > 1 for sizes in found):
+        return "PEFT reads one size for both axes, and no dilation"
+    return differs_on_convolution(module)
+
+
 VARIANT = Variant(
     name="hra",
     config=HRA,
@@ -107,6 +117,9 @@ VARIANT = Variant(
             leaves={"U": PeftLeaf("hra_u", torch.t, lambda u, _: u.t())},
             settings=lambda leaves, shape: {"r": leaves["U"].shape[-2]},
             inert={"apply_GS": (None, False)},
+            defaults={"r": 8},
+            layers=("Linear", "Conv2d"),
+            refuses=_differs_in_peft,
         ),
     ),
     trials={"hra": Trial(lr=3e-3, start="close", peft=("HRAConfig", {"r": 8}))},

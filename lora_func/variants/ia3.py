@@ -90,7 +90,17 @@ VARIANT = Variant(
             "IA3",
             leaves={"g": PeftLeaf("ia3_l", lambda g: g.unsqueeze(1), lambda g, _: g.flatten())},
             means=lambda config, path: not matches_path(config.get("feedforward_modules"), path),
-            conv1d=True,
+            ignored=("init_ia3_weights",),
+            layers=("Linear", "Conv1D"),
+        ),
+        PeftFormat(
+            "IA3",
+            leaves={
+                "g": PeftLeaf("ia3_l", lambda g: g[None], lambda g, _: g.flatten(), layout="ones")
+            },
+            means=lambda config, path: not matches_path(config.get("feedforward_modules"), path),
+            ignored=("init_ia3_weights",),
+            layers=("Conv2d", "Conv3d"),
         ),
     ),
     trials={"ia3": Trial(lr=1e-2, peft=("IA3Config", {"feedforward_modules": []}))},

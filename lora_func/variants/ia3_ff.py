@@ -11,8 +11,8 @@ References:
     ``tuners/ia3/layer.py`` (``feedforward_modules``).
 
 Deviations: T-Few gates the output of the layer before the second feed-forward one, which is the
-same thing; PEFT and we gate the input of that one. On a convolution we have a gain for each channel
-and tap, PEFT for each channel.
+same thing; PEFT and we gate the input of that one. A convolution has a gain for each input channel,
+as in PEFT.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from torch import Generator, Tensor
 from lora_func.configs import LinearConfig
 from lora_func.numerics import along_rows, scale_output
 from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, matches_path
-from lora_func.weights import Weight, dense, linear
+from lora_func.weights import Weight, dense, linear, taps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,15 @@ def init(W: Weight, cfg: IA3FF, generator: Generator, stats: None = None) -> dic
     """Set every gain to one.
 
     Returns:
-        g (d_in,).
+        g (d_in,), or of a convolution (channels,).
     """
     _, d_in = W.shape
-    return {"g": torch.ones(d_in)}
+    return {"g": torch.ones(d_in // taps_of(W))}
+
+
+def _gains(params: Mapping[str, Tensor], d_in: int) -> Tensor:
+    g = params["g"]
+    return g if g.shape[-1] == d_in else g.repeat_interleave(d_in // g.shape[-1], -1)
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return linear(scale_output(x, along_rows(params["g"])), W)
+    return linear(scale_output(x, along_rows(_gains(params, W.shape[-1]))), W)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -64,7 +69,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    return W + W * (params["g"] - 1).to(W.dtype)
+    return W + W * (_gains(params, W.shape[-1]) - 1).to(W.dtype)
 
 
 VARIANT = Variant(
@@ -73,7 +78,7 @@ VARIANT = Variant(
     init=init,
     apply=apply,
     weight=weight,
-    leaves={"g": "d_in"},
+    leaves={"g": "d_in/taps"},
     neutral={"g": 1.0},
     peft=(
         PeftFormat(
@@ -81,7 +86,17 @@ VARIANT = Variant(
             leaves={"g": PeftLeaf("ia3_l", lambda g: g.unsqueeze(0), lambda g, _: g.flatten())},
             means=lambda config, path: matches_path(config.get("feedforward_modules"), path),
             listed="feedforward_modules",
-            conv1d=True,
+            layers=("Linear", "Conv1D"),
+        ),
+        PeftFormat(
+            "IA3",
+            leaves={
+                "g": PeftLeaf("ia3_l", lambda g: g[None], lambda g, _: g.flatten(), layout="ones")
+            },
+            means=lambda config, path: matches_path(config.get("feedforward_modules"), path),
+            listed="feedforward_modules",
+            layers=("Conv2d", "Conv3d"),
+            refuses=lambda module: "its groups share gains" if module.groups > 1 else None,
         ),
     ),
     trials={"ia3_ff": Trial(lr=1e-2, peft=("IA3Config", {"feedforward_modules": "all"}))},

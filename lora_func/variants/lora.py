@@ -11,7 +11,7 @@ References:
     microsoft/LoRA ``loralib/layers.py``, huggingface/peft ``tuners/lora/layer.py``.
 
 Deviations: the paper draws A from a Gaussian, both codes from ``kaiming_uniform_(a=√5)``; we follow
-the codes. PEFT accepts r above min(d_out, d_in), which adds parameters and no rank; we refuse it.
+the codes. An r above min(d_out, d_in) adds parameters and no rank, here as in PEFT.
 PEFT adds the term in the adapter's dtype, we in that of the activations. PEFT's default alpha of 8
 makes s shrink as r grows; here s stays 2.
 """
@@ -24,7 +24,7 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_flag
 from lora_func.configs import LowRankConfig
-from lora_func.numerics import check_rank, dropout_leaf, kaiming_uniform
+from lora_func.numerics import dropout_leaf, kaiming_uniform
 from lora_func.variant import Trial, Variant
 from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, apply, delta_norm, low_rank, weight
 from lora_func.weights import Weight
@@ -65,7 +65,6 @@ def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict
         A (r, d_in), B (d_out, r), _scale (); _dropout () if there is any.
     """
     d_out, d_in = W.shape
-    check_rank(cfg.r, (d_out, d_in))
     return {
         "A": kaiming_uniform(cfg.r, d_in, generator),
         "B": torch.zeros(d_out, cfg.r),

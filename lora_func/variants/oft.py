@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from lora_func.checks import check_count
 from lora_func.configs import LinearConfig
@@ -129,6 +129,21 @@ def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
     return settings | {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
 
 
+def _peft_terms(
+    config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Weight
+) -> dict[str, Tensor]:
+    terms = config["num_cayley_neumann_terms"]
+    if terms < 2:
+        raise ValueError(f"num_cayley_neumann_terms is {terms}; PEFT's rotation is then none")
+    return {"_neumann": torch.ones(terms)}
+
+
+def _differs_in_peft(module: Any) -> str | None:
+    if isinstance(module, nn.Conv2d) and (module.kernel_size != (1, 1) or module.groups > 1):
+        return "PEFT rotates patches that overlap and adds them up, which no weight does"
+    return None
+
+
 # PEFT's exact Cayley transform turns the other way
 _PEFT = PeftFormat(
     "OFT",
@@ -138,12 +153,13 @@ _PEFT = PeftFormat(
     holds=lambda leaves: "_neumann" not in leaves,
     defaults={"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
     inert={"block_share": (None, False), "coft": (None, False)},
+    ignored=("eps", "module_dropout", "oft_block_size", "r"),
+    layers=("Linear", "Conv2d"),
+    refuses=_differs_in_peft,
 )
 _PEFT_NEUMANN = _PEFT._replace(
     leaves={"R": PeftLeaf("oft_R.weight")},
-    constants=lambda config, leaves, W: {
-        "_neumann": torch.ones(config["num_cayley_neumann_terms"])
-    },
+    constants=_peft_terms,
     means=lambda config, path: bool(config["use_cayley_neumann"]),
     holds=lambda leaves: "_neumann" in leaves,
 )

@@ -21,6 +21,7 @@ start is then the base on average.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -39,8 +40,8 @@ from lora_func.numerics import (
     svd,
 )
 from lora_func.variant import Trial, Variant
-from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS
-from lora_func.weights import Weight, dense
+from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, PEFT_LORA
+from lora_func.weights import Affine, Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +73,23 @@ def init(W: Weight, cfg: PiSSA, generator: Generator, stats: None = None) -> dic
     Returns:
         A and _A0 (r, d_in), B and _B0 (d_out, r), _scale (); _dropout () if there is any.
     """
-    U, S, Vh = svd(dense(W), cfg.r, cfg.niter, generator)
-    root = (S / cfg.scale).sqrt()
-    A, B = root[:, None] * Vh, U * root
+    A, B = _start(dense(W), cfg.r, cfg.scale, cfg.niter, generator)
     scale = torch.tensor(cfg.scale, dtype=torch.float64)
     copies = {"_A0": A.clone(), "_B0": B.clone()}
     return {"A": A, "B": B, **copies, "_scale": scale, **dropout_leaf(cfg.dropout)}
+
+
+def _start(
+    W: Tensor,
+    r: int,
+    scale: Tensor | float,
+    niter: int | None = None,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A and B of the r largest singular components of W / s."""
+    U, S, Vh = svd(W, r, niter, generator)
+    root = (S / scale).sqrt()
+    return root[:, None] * Vh, U * root
 
 
 def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -136,6 +148,25 @@ def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"A": A, "B": B, **kept}
 
 
+def _peft_constants(
+    config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine
+) -> dict[str, Tensor]:
+    """PEFT subtracts the start from the base each time that it loads a checkpoint."""
+    constants = PEFT_LORA.constants(config, leaves, W)
+    A0, B0 = _start(dense(W).to(leaves["A"].dtype), leaves["A"].shape[-2], constants["_scale"])
+    return {"_A0": A0, "_B0": B0, **constants}
+
+
+_PEFT_START = PEFT_LORA._replace(
+    constants=_peft_constants,
+    means=lambda config, path: config.get("init_lora_weights") == "pissa",
+    holds=lambda leaves: False,
+    inert={
+        **PEFT_LORA.inert,
+        "init_lora_weights": (*PEFT_LORA.inert["init_lora_weights"], "pissa"),
+    },
+)
+
 VARIANT = Variant(
     name="pissa",
     config=PiSSA,
@@ -145,7 +176,7 @@ VARIANT = Variant(
     delta_norm=delta_norm,
     leaves={**LOW_RANK, "_A0": "r d_in", "_B0": "d_out r"},
     low_rank=low_rank,
-    peft=tuple(one._replace(convert=_as_lora) for one in PEFT_FORMATS),
+    peft=(*(one._replace(convert=_as_lora) for one in PEFT_FORMATS), _PEFT_START),
     trials={
         "pissa": Trial(lr=3e-4, peft=("LoraConfig", {"r": 8, "init_lora_weights": "pissa"})),
         "pissa-fast": Trial(

@@ -161,6 +161,8 @@ VARIANT = Variant(
                 "_indices": PeftLeaf("shira_indices", torch.Tensor.int, lambda t, _: t.double()),
             },
             settings=_peft_settings,
+            defaults={"r": 32},
+            ignored=("mask_type", "random_seed"),
         ),
     ),
     trials={

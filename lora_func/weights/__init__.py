@@ -14,6 +14,7 @@ from lora_func.weights._affine import (
     linear,
     matmul_weight,
     matrices,
+    taps_of,
 )
 from lora_func.weights._bitsandbytes import (
     is_packed,
@@ -30,6 +31,7 @@ from lora_func.weights._layers import (
     bias_name,
     check_not_computed,
     has_matrix,
+    is_conv1d,
     is_linear,
     matrix,
     restore_layout,
@@ -47,6 +49,7 @@ __all__ = [
     "dense",
     "device_of_module",
     "has_matrix",
+    "is_conv1d",
     "is_linear",
     "is_offloaded",
     "is_packed",
@@ -63,6 +66,7 @@ __all__ = [
     "numel_of",
     "packed",
     "restore_layout",
+    "taps_of",
     "weight_at",
     "without_rounding",
 ]

@@ -18,10 +18,13 @@ class Affine(NamedTuple):
     Attributes:
         weight: ``W``, shape (d_out, d_in); packed if the layer is quantised.
         bias: ``b``, shape (d_out,), or None.
+        taps: How many columns belong to one channel of a convolution, one after another; 1 for any
+            other layer.
     """
 
     weight: Tensor | Packed
     bias: Tensor | None = None
+    taps: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,7 +56,7 @@ def linear(x: Tensor, W: Weight) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    weight, bias = W if isinstance(W, Affine) else (W, None)
+    weight, bias = (W.weight, W.bias) if isinstance(W, Affine) else (W, None)
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     return quantised_linear(x, weight, bias)
@@ -89,6 +92,11 @@ def dense(W: Weight) -> Tensor:
 def bias_of(W: Weight) -> Tensor | None:
     """Return the bias that a frozen weight carries, or None."""
     return W.bias if isinstance(W, Affine) else None
+
+
+def taps_of(W: Weight) -> int:
+    """Return how many columns of a weight belong to one channel of a convolution; else 1."""
+    return W.taps if isinstance(W, Affine) else 1
 
 
 def is_stack(W: object) -> bool:

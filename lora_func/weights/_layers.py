@@ -5,10 +5,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_func.compat import is_conv1d, is_convolution, is_transposed_convolution, parameters_of
+from lora_func.compat import is_convolution, is_transposed_convolution, parameters_of
 from lora_func.modules import ReadTracker, find_site, original_parameters
 from lora_func.weights._affine import Affine
 from lora_func.weights._bitsandbytes import is_packed, is_quantised, packed
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' ``Conv1D``, found by name: transformers stays unimported."""
+    return _has_forward_of(module, "transformers.pytorch_utils", "Conv1D")
+
+
+def _is_falcon_linear(module: nn.Module) -> bool:
+    """True for Falcon's ``nn.Linear``, whose own forward computes the same."""
+    return _has_forward_of(module, "transformers.models.falcon.modeling_falcon", "FalconLinear")
+
+
+def _has_forward_of(module: nn.Module, where: str, name: str) -> bool:
+    for found in type(module).__mro__:
+        if found.__name__ == name and found.__module__ == where:
+            return type(module).forward is getattr(found, "forward", None)
+    return False
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -22,7 +39,7 @@ def is_linear(module: nn.Module) -> bool:
         for a subclass of ``nn.Linear`` with its own forward, which computes something else.
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or is_conv1d(module) or is_quantised(module)
+    return plain or is_conv1d(module) or _is_falcon_linear(module) or is_quantised(module)
 
 
 def affine(module: nn.Module, path: str = "") -> Affine:
@@ -87,10 +104,11 @@ def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> A
     Raises:
         TypeError: If the parameter is no matrix.
     """
-    found = own[name]
+    found, taps = own[name], 1
     if is_packed(found):
         raise TypeError(f"{name!r} is packed by bitsandbytes; name its module with target_modules")
     if is_convolution(module) and name == "weight":
+        taps = found[0, 0].numel()
         found = found.flatten(1)
     elif found.ndim not in (2, 3) or is_transposed_convolution(module):
         raise TypeError(f"{name!r} has shape {tuple(found.shape)} and is no matrix")
@@ -101,7 +119,7 @@ def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> A
             f"{name!r} has shape {tuple(found.shape)}, {beside!r} {tuple(bias.shape)}: no matrix "
             "with its bias, and no stack of them"
         )
-    return Affine(found.mT if _is_transposed(module, name, found) else found, bias)
+    return Affine(found.mT if _is_transposed(module, name, found) else found, bias, taps)
 
 
 def weight_at(model: nn.Module, path: str) -> Affine:
