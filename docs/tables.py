@@ -93,8 +93,17 @@ def packages() -> list[str]:
     """What belongs into each package, in the order of imports."""
     rows = ["| module | what belongs there |", "|---|---|"]
     files = [PACKAGE / f"{name}.py" for name in ("version", "errors", "checks", "compat")]
-    files += [PACKAGE / f"{name}.py" for name in ("modules", "configs")]
-    folders = ("weights", "variant", "numerics", "variants", "adapter", "targeting", "runtime")
+    files += [PACKAGE / "modules.py"]
+    folders = (
+        "configs",
+        "weights",
+        "variant",
+        "numerics",
+        "variants",
+        "adapter",
+        "targeting",
+        "runtime",
+    )
     folders += ("initialization", "sweep", "export", "files", "peft")
     files += [PACKAGE / name / "__init__.py" for name in folders]
     for file in files:

@@ -41,7 +41,7 @@ def race(task: Task, adapters: dict[str, lf.Params], epochs: int, seed: int) -> 
             stacks = [lf.stack([params]) for params in adapters.values()]
             losses = lf.vcall(task.model, stacks, batch)
             losses.sum().backward()
-            lf.clip_grad_norm([*adapters.values()], max_norm=1.0)
+            lf.clip_grad_norm([*adapters.values()], max_norm=1.0, model=task.model)
             optimizer.step()
             curves.append(losses.detach())
             first = [*adapters][losses.argmin()]

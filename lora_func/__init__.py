@@ -9,6 +9,7 @@ from lora_func import peft
 from lora_func.adapter import combine, partition, stack, summary, unstack
 from lora_func.configs import (
     AdapterConfig,
+    DropoutConfig,
     LinearConfig,
     LowRankConfig,
     ParameterConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "BiasFn",
     "BusyModelError",
     "ConcludeFn",
+    "DropoutConfig",
     "FoldError",
     "InitFn",
     "LinearConfig",

@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -13,38 +15,98 @@ from rich.markup import escape
 from rich.table import Table
 
 import lora_func as lf
-from lora_func.files import byte_view, read_adapter
-from lora_func.peft import to_peft
+from lora_func.adapter import end_of_path
+from lora_func.files import TRAINING_STATE, adapters_of, byte_view, kind_of, read
+from lora_func.peft import from_peft, read_config, read_tensors, to_peft
 
 
 def show(options: argparse.Namespace) -> int:
     """Print the leaves of a file, its metadata, and whether the numbers are healthy."""
-    content = read_adapter(options.file)
-    params = content.tensors
-    console = Console(width=max(100, Console().width))
-    console.print(lf.summary(params))
-    said = {**content.facts, **content.metadata}
-    for name, value in said.items():
+    console = Console(width=max(80, Console().width))
+    if options.file.is_dir():
+        return _show_peft(options, console)
+    kind = kind_of(options.file)
+    content = read(options.file, kind)
+    adapters: dict[str, Mapping[str, torch.Tensor]] = {"": content.tensors}
+    if kind == TRAINING_STATE:
+        adapters = {**adapters_of(content)}
+    for name, params in adapters.items():
+        if name:
+            console.print(f"adapter {name} of {len(adapters)}", highlight=False)
+        console.print(lf.summary(params))
+        _print_size(params, console)
+    hidden = ("adapters", "optimizer", "python") if kind == TRAINING_STATE else ()
+    for name, value in {**content.facts, **content.metadata}.items():
         if name == "base" and value is not None:
             value = f"{len(value)} weights known by shape, dtype and values"
-        console.print(f"{name}: {value}", highlight=False, markup=False)
-    trained, _ = lf.partition(params)
+        if name not in hidden:
+            console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+    _print_health(content.tensors, console)
+    return 0
+
+
+def _show_peft(options: argparse.Namespace, console: Console) -> int:
+    config = read_config(options.file)
+    tensors = read_tensors(options.file, allow_nonfinite=True)
+    if options.model is not None:
+        console.print(lf.summary(from_peft(options.file, _model(options), allow_nonfinite=True)))
+    else:
+        table = Table("tensor", "shape", "dtype", box=box.SIMPLE)
+        for name, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            table.add_row(end_of_path(name), str(tuple(tensor.shape)), dtype)
+        console.print(table)
+    for name, value in config.items():
+        if value not in (None, False, [], {}):
+            console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+    _print_health(tensors, console)
+    return 0
+
+
+def _print_size(params: Mapping[str, torch.Tensor], console: Console) -> None:
+    try:
+        console.print(f"a stack of {len(lf.unstack(params))} adapters", highlight=False)
+    except ValueError:
+        console.print("one adapter", highlight=False)
+
+
+def _print_health(tensors: Mapping[str, torch.Tensor], console: Console) -> None:
+    trained = {k: t for k, t in tensors.items() if not k.rpartition(".")[2].startswith("_")}
     health = {
-        "not finite": [key for key, leaf in params.items() if not leaf.isfinite().all()],
+        "not finite": [key for key, leaf in tensors.items() if not leaf.isfinite().all()],
         "all zero": [key for key, leaf in trained.items() if not leaf.any()],
     }
     for name, keys in health.items():
-        found = f"{len(keys)} of {len(params)} leaves, such as {keys[0]}" if keys else "none"
-        console.print(f"{name}: {found}", highlight=False, markup=False)
-    return 0
+        found = f"{len(keys)} of {len(tensors)} leaves, such as {keys[0]}" if keys else "none"
+        console.print(f"{name}: {found}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _model(options: argparse.Namespace) -> torch.nn.Module:
+    """The base, from a class of transformers or of an imported module."""
+    where, _, name = options.model_class.rpartition(".")
+    kind: Any = getattr(importlib.import_module(where or "transformers"), name)
+    settings = dict(_setting(text) for text in options.config)
+    model: torch.nn.Module = kind.from_pretrained(options.model, **settings)
+    return model
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise ValueError(f"--config: got {text!r}, expected key=value, such as num_labels=3")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def convert(options: argparse.Namespace) -> int:
     """Write an adapter as a checkpoint of PEFT, or as a LoRA."""
-    import transformers
-
-    model = getattr(transformers, options.model_class).from_pretrained(options.model)
-    params = lf.load(options.file, model=model)
+    model = _model(options)
+    if options.file.is_dir():
+        params = from_peft(options.file, model)
+    else:
+        params = lf.load(options.file, model=model)
     if options.to == "peft":
         to_peft(params, options.out, model=model, base_model_name=options.model)
     else:
@@ -82,8 +144,20 @@ def diff(options: argparse.Namespace) -> int:
     return 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. An error prints one line, and the exit status is 2."""
+def _add_base(added: argparse.ArgumentParser, required: bool) -> None:
+    name = "AutoModelForCausalLM"
+    added.add_argument("--model", required=required, help="the base: folder, or hub name")
+    added.add_argument("--model-class", default=name, help="of transformers, or package.Class")
+    added.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the base, such as num_labels=3; may be repeated",
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora_func", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -96,23 +170,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             action="append",
             default=[],
             metavar="PACKAGE",
-            help="a package that registers variants; may be repeated",
+            help="a package that registers variants or models; may be repeated",
         )
         added.set_defaults(run=run)
         return added
 
-    command(show, "the leaves of a file, its metadata, and whether the numbers are healthy")
+    shown = "the leaves of a file or a folder of PEFT, its metadata, and the health of its numbers"
+    _add_base(command(show, shown), required=False)
     to = command(convert, "write an adapter in another form")
+    _add_base(to, required=True)
     to.add_argument("--to", choices=("peft", "lora"), required=True)
     to.add_argument("--out", type=Path, required=True, help="a folder")
-    to.add_argument("--model", required=True, help="the base: folder, or name on the hub")
-    to.add_argument("--model-class", default="AutoModelForCausalLM", help="of transformers")
     to.add_argument("--rank", type=int, default=16, help="of the LoRA")
     to.add_argument("--tol", type=float, default=1e-3, help="the largest relative error of a site")
     command(diff, "where two adapters differ; the status is 1 if they do").add_argument(
         "other", type=Path
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. An error prints one line, and the exit status is 2."""
+    options = _parser().parse_args(arguments)
     try:
         for package in options.imports:
             importlib.import_module(package)

@@ -325,18 +325,23 @@ def test_interrupts_leave_all_or_nothing(family):
     once = time.perf_counter() - begun
 
     def stop(*_):
-        raise Stop
+        if armed:
+            raise Stop
 
+    armed: list[bool] = []
     former, interrupted = signal.signal(signal.SIGALRM, stop), 0
     try:
         for _ in range(60):
             handle = None
             try:
+                armed.append(True)
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.02, 0.9) * once)
                 handle = lf.attach(model, params)
                 handle.remove()
+                armed.clear()
             except Stop:
                 interrupted += 1
+                armed.clear()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             if handle is not None:

@@ -1,5 +1,6 @@
 """python -m lora_func: output, one-line error messages, exit status 2."""
 
+import os
 import subprocess
 import sys
 
@@ -85,7 +86,7 @@ def test_diff(files):
     ("arguments", "message"),
     [
         (["show", "nothing"], "nothing: there is no such file"),
-        (["show", "."], "is no file"),
+        (["show", "."], "adapter_config.json: there is no such file"),
         (["diff", "{lora}", "nothing"], "there is no such file"),
         (
             [
@@ -118,3 +119,66 @@ def test_errors_are_one_line(files, tmp_path, arguments, message):
 def test_usage():
     assert run().returncode == 2
     assert "show" in run("--help").stdout
+
+
+def test_show_of_other_kinds(files, tmp_path):
+    model = make("qwen3").requires_grad_(False)
+    adapters = [lf.init(model, lf.LoRA(r=2, dropout=0.1), seed=seed) for seed in range(2)]
+    lf.save(lf.stack(adapters), tmp_path / "stack")
+    done = run("show", tmp_path / "stack")
+    assert done.returncode == 0, done.stderr
+    assert "a stack of 2 adapters" in done.stdout
+    assert "'config': 'LoRA'" in done.stdout
+    assert "'dropout': [0.1" in done.stdout
+    optimizer = torch.optim.AdamW([leaf for one in adapters for leaf in one.values()])
+    lf.save_training_state(adapters, optimizer, tmp_path / "state", step=7, extra={"lr": 0.5})
+    done = run("show", tmp_path / "state")
+    assert done.returncode == 0, done.stderr
+    for part in ("adapter 1 of 2", "step: 7", "'lr': 0.5", "14 sites"):
+        assert part in done.stdout, part
+    lf.peft.to_peft(adapters[0], tmp_path / "peft", model=model)
+    done = run("show", tmp_path / "peft")
+    for part in ("q_proj.lora_A.weight", "(2, 32)", "peft_type: LORA", "lora_dropout: 0.1"):
+        assert part in done.stdout, part
+    done = run("show", tmp_path / "peft", "--model", files / "model")
+    assert done.returncode == 0, done.stderr
+    assert "14 sites" in done.stdout
+
+
+def test_a_base_with_settings_and_of_another_package(files, tmp_path):
+    bert = make("bert").requires_grad_(False)
+    bert.save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.py").write_text(
+        "from transformers import BertForSequenceClassification\n"
+        "class Mine(BertForSequenceClassification): pass\n"
+    )
+    params = scramble(lf.init(bert, lf.LoRA(r=2)))
+    lf.save(params, tmp_path / "a")
+    where = ("--to", "peft", "--out", tmp_path / "out", "--model", tmp_path / "model")
+    kind = ("--import", "mine", "--model-class", "mine.Mine")
+    command = [sys.executable, "-m", "lora_func", "convert", tmp_path / "a", *where, *kind]
+    command += ["--config", "num_labels=3", "--config", "hidden_act=gelu"]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    again = tmp_path / "again"
+    done = run(
+        "convert",
+        tmp_path / "out",
+        *where[:2],
+        "--out",
+        again,
+        *where[4:],
+        "--model-class",
+        "AutoModelForSequenceClassification",
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(torch.equal(from_peft(again, bert)[k], leaf) for k, leaf in params.items())
+    done = run("convert", tmp_path / "a", *where, "--config", "num_labels")
+    assert done.returncode == 2
+    assert "--config: got 'num_labels', expected key=value" in done.stderr

@@ -90,7 +90,9 @@ def test_activation_view_equals_weight_view(case, data):
 @given(data=st.data())
 def test_products_with_x_are_all_that_apply_needs(case, data):
     layer = data.draw(layers(case, scrambled=True))
-    x = Operand(layer.W.shape[1], layer.x.dtype, lambda M, bias: F.linear(layer.x, M, bias))
+    x = Operand(
+        layer.W.shape[1], layer.x.dtype, lambda M, bias: F.linear(layer.x, M, bias), lambda rate: x
+    )
     close(layer.apply(x=x), layer.apply())
 
 
@@ -192,7 +194,7 @@ def test_a_stack_is_refused_where_one_adapter_is_wanted(case, adapters):
 @given(data=st.data())
 def test_nothing_that_goes_in_is_written_to(case, data):
     layer = data.draw(layers(case, scrambled=True))
-    inputs = [*layer.leaves.values(), layer.x, *(t for t in layer.W if t is not None)]
+    inputs = [*layer.leaves.values(), layer.x, *(t for t in layer.W[:2] if t is not None)]
     before = [tensor.clone() for tensor in inputs]
     versions = [tensor._version for tensor in inputs]
     random_state = torch.get_rng_state()

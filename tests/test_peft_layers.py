@@ -336,7 +336,7 @@ def test_tensors_that_are_damaged(tmp_path):
     refused(lambda t: t | {f"{name}s": t.pop(name)}, r"holds \['0\.lora_A\.weights")
     refused(lambda t: t | {name: t[name][:, :2]}, r"0\.lora\.A: got shape")
     refused(lambda t: t | {name: t[name].flatten()}, r"0: tensors of shapes .* do not fit")
-    refused(lambda t: t | {"base_model.model.9.lora_A.weight": t[name]}, "no module .*'9'")
+    refused(lambda t: t | {"base_model.model.9.lora_A.weight": t[name] + 1}, "no module .*'9'")
     refused(lambda t: {}, "holds no tensor")
 
 

@@ -47,3 +47,24 @@ def test_a_stack():
 def test_a_malformed_key():
     with pytest.raises(KeyError, match="is no adapter key"):
         lf.summary({"A": torch.zeros(2)})
+
+
+def test_it_prints_as_text():
+    text = str(lf.summary(lf.init(nn.Sequential(nn.Linear(4, 4)), lf.LoRA(r=2))))
+    assert rows(text)["0"][1] == "lora"
+    assert rows(text)["site"][-1] == "‖ΔW‖"
+
+
+def test_a_narrow_terminal_shows_the_ends_of_paths():
+    inner, path = (
+        nn.Sequential(nn.Linear(4, 4)),
+        "a.very.long.path.of.a.layer.inside.some.big.vision.tower",
+    )
+    for name in reversed(path.split(".")):
+        inner = nn.ModuleDict({name: inner})
+    params = lf.init(inner, lf.LoRA(r=2))
+    console = rich.console.Console(file=io.StringIO(), width=80)
+    console.print(lf.summary(params))
+    (line,) = (line for line in console.file.getvalue().splitlines() if "tower.0" in line)
+    assert line.strip().startswith("…")
+    assert "float32" in line

@@ -8,7 +8,7 @@ from lora_func.adapter._combine import combine
 from lora_func.adapter._keys import RANK, SHARED, Key, as_trainable, group, parse, partition
 from lora_func.adapter._schema import check_leaves, check_required, check_site
 from lora_func.adapter._stack import is_stack, size_of, stack, unstack
-from lora_func.adapter._summary import summary
+from lora_func.adapter._summary import end_of_path, summary
 
 __all__ = [
     "RANK",
@@ -19,6 +19,7 @@ __all__ = [
     "check_required",
     "check_site",
     "combine",
+    "end_of_path",
     "group",
     "is_stack",
     "parse",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import io
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -27,26 +28,26 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
             model's parameters, and norms that need the shape of a weight are shown.
 
     Returns:
-        A table for ``rich.print``: site, variant, rank, scale, dtype, trained parameters, and the
-        Frobenius norm of the change of the weight if that is cheap.
+        A table for ``print`` or ``rich.print``: site, variant, rank, scale, dtype, trained
+        parameters, and the Frobenius norm of the change of the weight if that is cheap. A narrow
+        terminal shows the ends of long paths.
 
     Raises:
         KeyError: If a key is malformed or names no variant.
 
     Example:
-        >>> import torch, rich, lora_func as lf
-        >>> rich.print(lf.summary(lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2))))
+        >>> import torch, lora_func as lf
+        >>> print(lf.summary(lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2))))
         <BLANKLINE>
           site          variant   r   scale     dtype   trained   ‖ΔW‖
         ...
     """
     from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     trained, _ = partition(params)
     sites = group(params)
-    table = Table(box=box.SIMPLE, show_footer=True)
+    table = _printable_table()(box=box.SIMPLE, show_footer=True)
     for name in ("site", "variant", "r", "scale", "dtype", "trained", "‖ΔW‖"):
         table.add_column(name, justify="left" if name in ("site", "variant") else "right")
     for (site, name), keys in sites.items():
@@ -54,8 +55,8 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
         of_site = [params[key] for key in keys.values() if key in trained]
         norm = _norm(variant, leaves, site, model)
         table.add_row(
-            escape(site) or "(the model)",
-            name,
+            end_of_path(site or "(the model)"),
+            escape(name),
             str(rank_of(variant, leaves) or "–"),
             _range(leaves.get("_scale")),
             ", ".join(sorted({str(leaf.dtype).removeprefix("torch.") for leaf in of_site})),
@@ -69,6 +70,36 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
         of_model = sum(numel_of(parameter) for parameter in model.parameters())
         table.caption = f"{total / max(of_model, 1):.3%} of the model's parameters"
     return table
+
+
+def _printable_table() -> type[Table]:
+    """The class of tables that ``str`` renders; rich is imported when it is needed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    class PrintableTable(Table):
+        def __str__(self) -> str:
+            console = Console(file=io.StringIO(), width=Console().width)
+            console.print(self)
+            return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    return PrintableTable
+
+
+def end_of_path(path: str) -> Any:
+    """Return a cell of a table in which a narrow column shows the end of a path."""
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    class Path:
+        def __rich_console__(self, console: Any, options: Any) -> Iterator[Text]:
+            room = options.max_width
+            yield Text(path if len(path) <= room else f"…{path[1 - room :]}", no_wrap=True)
+
+        def __rich_measure__(self, console: Any, options: Any) -> Measurement:
+            return Measurement(min(len(path), 16), len(path))
+
+    return Path()
 
 
 def _norm(

@@ -90,28 +90,9 @@ def load(
         AdapterFileError: If the file is of another kind or format, is damaged, or does not fit its
             variants or the model.
     """
-    content = read_adapter(path, model)
-    return as_trainable(content.tensors, device or devices_of(content.tensors, model))
-
-
-def read_adapter(path: str | PathLike[str], model: nn.Module | None = None) -> Content:
-    """Read the content of an adapter's file, and check it.
-
-    Args:
-        path: The path of the file.
-        model: The model, if there is one to compare with.
-
-    Returns:
-        The content.
-
-    Raises:
-        FileNotFoundError: If there is no file.
-        AdapterFileError: If the file is of another kind or format, is damaged, or does not fit its
-            variants or the model.
-    """
     content = read(Path(path), _KIND)
     check_content(path, content.tensors, content.facts, model)
-    return content
+    return as_trainable(content.tensors, device or devices_of(content.tensors, model))
 
 
 def check_content(
@@ -187,11 +168,16 @@ def _check(params: Mapping[str, Tensor], model: nn.Module | None) -> None:
 
 
 def _variants(params: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The number of sites and the ranks of each variant."""
+    """Of each variant the config's name, the sites, the ranks, and the settings that are leaves."""
     found: dict[str, dict[str, Any]] = {}
     for (_, name), keys in group(params).items():
-        rank = rank_of(by_name(name), {leaf: params[key] for leaf, key in keys.items()})
-        here = found.setdefault(name, {"sites": 0, "ranks": []})
+        variant, leaves = by_name(name), {leaf: params[key] for leaf, key in keys.items()}
+        kind = variant.config.__name__
+        here = found.setdefault(name, {"config": kind, "sites": 0, "ranks": [], "settings": {}})
         here["sites"] += 1
-        here["ranks"] = sorted({*here["ranks"], rank} - {0})
+        here["ranks"] = sorted({*here["ranks"], rank_of(variant, leaves)} - {0})
+        for leaf, alternatives in variant.axes.items():
+            if leaf.startswith("_") and () in alternatives and leaf in leaves:
+                values = here["settings"].setdefault(leaf[1:], [])
+                values[:] = sorted({*values, *leaves[leaf].flatten().tolist()})
     return found

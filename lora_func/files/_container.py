@@ -138,6 +138,18 @@ def _remove_if_left(temporary: Path) -> None:
         temporary.unlink()
 
 
+def kind_of(path: Path) -> str:
+    """Return the kind of content of a file that ``write`` has written; "" for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            entry = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
+            return str(entry.get("kind", ""))
+    except (OSError, ValueError, SafetensorError):
+        return ""
+
+
 def read(path: Path, kind: str) -> Content:
     """Read a file that ``write`` has written.
 

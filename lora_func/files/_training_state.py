@@ -16,7 +16,8 @@ from lora_func.files._container import Content, read, write
 from lora_func.runtime import devices_of
 from lora_func.variant import Params
 
-_KIND = "training state"
+TRAINING_STATE = "training state"
+"""The kind of content of these files."""
 
 
 class TrainingState(NamedTuple):
@@ -93,7 +94,7 @@ def save_training_state(
         "extra": _outside(dict(extra or {}), "extra", tensors),
         "python": python,
     }
-    write(Path(path), Content(_KIND, tensors, facts, {}))
+    write(Path(path), Content(TRAINING_STATE, tensors, facts, {}))
 
 
 def load_training_state(
@@ -128,10 +129,9 @@ def load_training_state(
         ...     lf.load_training_state(f"{folder}/state").step
         7
     """
-    _, tensors, facts, _ = read(Path(path), _KIND)
-    adapters = []
-    for i, of_one in enumerate(facts["adapters"]):
-        leaves = _below(tensors, f"params.{i}.")
+    content = read(Path(path), TRAINING_STATE)
+    tensors, facts, adapters = content.tensors, content.facts, []
+    for leaves, of_one in zip(adapters_of(content).values(), facts["adapters"], strict=True):
         check_content(path, leaves, of_one, model)
         adapters.append(as_trainable(leaves, device or devices_of(leaves, model)))
     states: dict[str, Any] = {"cpu": tensors["random.cpu"], "python": facts["python"]}
@@ -140,6 +140,12 @@ def load_training_state(
     params = adapters[0] if facts["one"] else adapters
     optimizer, extra = (_inside(facts[name], tensors) for name in ("optimizer", "extra"))
     return TrainingState(params, optimizer, facts["step"], extra, states)
+
+
+def adapters_of(content: Content) -> dict[str, dict[str, Tensor]]:
+    """Return the leaves of each adapter in a training state, by the adapter's number."""
+    count = len(content.facts["adapters"])
+    return {str(i): _below(content.tensors, f"params.{i}.") for i in range(count)}
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -123,14 +123,7 @@ def _module(
     leaf_names = {leaf.name for _, found in formats for leaf in found.leaves.values()}
     adapter = {rest: t for rest, t in stored.tensors.items() if rest in leaf_names}
     others = {rest: t for rest, t in stored.tensors.items() if rest not in leaf_names}
-    try:
-        find_site(model, path)
-    except KeyError as error:
-        held = [f"{stored.path}.{rest}" for rest in stored.tensors]
-        raise ValueError(
-            f"the checkpoint holds {held}, whose names end like no tensor of a {kind}; "
-            f"{error.args[0]}"
-        ) from None
+    _check_named(model, path, stored, kind)
     params: Params = {}
     for _, found in formats:
         for rest in [rest for rest in others if rest.startswith(found.whole or "/")]:
@@ -160,6 +153,17 @@ def _module(
     return params | whole_parameters(config, model, stored.path, path, others)
 
 
+def _check_named(model: nn.Module, path: str, stored: Stored, kind: str) -> None:
+    try:
+        find_site(model, path)
+    except KeyError as error:
+        held = [f"{stored.path}.{rest}" for rest in stored.tensors]
+        raise ValueError(
+            f"the checkpoint holds {held}, whose names end like no tensor of a {kind}; "
+            f"{error.args[0]}"
+        ) from None
+
+
 def _site(
     model: nn.Module,
     config: Mapping[str, Any],
@@ -180,7 +184,7 @@ def _site(
             leaves = {
                 leaf: it.from_peft(stored[it.name], own, sizes) for leaf, it in found.leaves.items()
             }
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
             raise ValueError(f"{site}: tensors of shapes {shapes} do not fit: {error}") from error
         with torch.no_grad(), loaded(module):

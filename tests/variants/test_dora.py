@@ -126,6 +126,10 @@ def test_parity_with_peft(bias, r):
     )
 
 
-def test_refuses_a_rank_above_the_smaller_side():
-    with pytest.raises(ValueError, match=r"0: dora: r = 4 exceeds min\(d_out, d_in\) = 3"):
-        lf.init(nn.Sequential(nn.Linear(8, 3)), lf.DoRA(r=4))
+def test_a_rank_above_the_smaller_side():
+    model = nn.Sequential(nn.Linear(8, 3))
+    params, x = scramble(lf.init(model, lf.DoRA(r=12))), torch.randn(5, 8)
+    assert params["0.dora.A"].shape == (12, 8)
+    merged = lf.merge(model, params)
+    expected = nn.functional.linear(x, merged["0.weight"], merged["0.bias"])
+    torch.testing.assert_close(lf.fcall(model, params, x), expected)

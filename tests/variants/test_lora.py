@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_func as lf
 from tests.support.cases import Case, make_layer
+from tests.support.models import scramble
 from tests.support.parity import assert_parity, same
 from tests.support.strategies import layers
 
@@ -112,10 +113,14 @@ def test_a_large_scale_does_not_overflow_in_float16():
     assert torch.equal(lf.fcall(layer.requires_grad_(False), params, x), layer(x))
 
 
-def test_refuses_a_rank_above_the_smaller_side():
+def test_a_rank_above_the_smaller_side():
     model = nn.Sequential(nn.Linear(8, 3))
-    with pytest.raises(ValueError, match=r"0: lora: r = 4 exceeds min\(d_out, d_in\) = 3"):
-        lf.init(model, lf.LoRA(r=4))
+    params, x = scramble(lf.init(model, lf.LoRA(r=12))), torch.randn(5, 8)
+    assert params["0.lora.A"].shape == (12, 8)
+    merged = lf.merge(model, params)
+    torch.testing.assert_close(
+        lf.fcall(model, params, x), nn.functional.linear(x, merged["0.weight"], merged["0.bias"])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
