@@ -89,3 +89,21 @@ def test_a_stack_builds_no_matrix_and_one_adapter_keeps_none():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lf.fcall(layer, adapters[0], x).sum().backward()
     assert all(t is layer.weight or t.numel() < WIDE * WIDE for t in kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("adapters", [0, 2])
+def test_training_on_a_gpu(dtype, adapters):
+    g = torch.Generator().manual_seed(0)
+    indices = entries(g, (12, 16), adapters).cuda()
+    W = Affine(torch.randn(12, 16, dtype=dtype).cuda(), torch.randn(12, dtype=dtype).cuda())
+    x = torch.randn(*[2] * (adapters > 0), 5, 16, dtype=dtype).cuda()
+    values = torch.randn(indices.shape[:-2] + indices.shape[-1:]).cuda().requires_grad_()
+
+    def gradient(form, W, x):
+        return torch.autograd.grad(form(x, W, values, indices).square().sum(), values)[0]
+
+    expected = gradient(dense_form, Affine(W.weight.float(), W.bias.float()), x.float())
+    off = (gradient(add_entries, W, x).float() - expected).norm() / expected.norm()
+    assert off < 10 * torch.finfo(dtype).eps

@@ -591,7 +591,8 @@ def test_every_variant_on_a_gpu(case, kind):
         key: leaf.detach().cuda().requires_grad_(leaf.requires_grad) for key, leaf in start.items()
     }
     if case.start == "exact":
-        assert torch.equal(lf.fcall(model, start, batch), model(**batch).loss)
+        # bitsandbytes itself cannot run an 8-bit layer that was quantised elsewhere and then moved
+        assert torch.equal(lf.fcall(model, start, batch), lf.fcall(model, {}, batch))
     params = scramble(start)
     limit = 0.25 if kind.startswith("int8") else 1e-3
     expected = gradients(dequantised(model), params, batch)

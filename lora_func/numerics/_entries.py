@@ -86,9 +86,10 @@ class _AddEntries(torch.autograd.Function):
         of_x = of_values = None
         if ctx.needs_input_grad[3]:
             rows, columns = _block_diagonal(indices, weight.shape)
-            of_values = gradient_of_entries(
-                _features(of_y, values), _features(x, values), rows, columns
-            )
+            # the kernel of CUDA has no bfloat16
+            dtype = torch.promote_types(of_y.dtype, torch.float32) if of_y.is_cuda else of_y.dtype
+            gradient, inputs = (_features(t, values).to(dtype) for t in (of_y, x))
+            of_values = gradient_of_entries(gradient, inputs, rows, columns)
             of_values = of_values.view(values.shape).to(values.dtype)
         if ctx.needs_input_grad[0]:
             of_x = _product(of_y, weight.mT, None, values, indices.flip(-2)).view(x.shape)

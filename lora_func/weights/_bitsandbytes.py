@@ -83,9 +83,13 @@ def packed(module: nn.Module, path: str) -> Packed:
     holder = state if layer.weight.CB is None else layer.weight
     if holder.CB is None or holder.SCB is None or holder.CB.dtype != torch.int8:
         raise ValueError(f"{path}: {_NOT_YET}")
-    like_cpu = holder.CB.device.type in ("cpu", "xpu")
+    codes, scales = holder.CB, holder.SCB
+    if not torch.compiler.is_compiling() and codes.device != layer.weight.device:
+        # when a model moves, bitsandbytes moves the parameter's data alone
+        codes, scales = layer.weight.data, scales.to(layer.weight.device)
+    like_cpu = codes.device.type in ("cpu", "xpu")
     rounds = _rounding.wanted and not (like_cpu and layer.training)
-    return Packed8(holder.CB, holder.SCB, state.threshold, rounds)
+    return Packed8(codes, scales, state.threshold, rounds)
 
 
 def _packed4(layer: Any, path: str) -> Packed4:
