@@ -164,12 +164,10 @@ class Injection:
         yield from self._single(call) if rows is None else self._stacked(rows, call)
 
     def _single(self, call: CallState) -> Iterator[Patch]:
-        for sites in self.layouts[0].groups:
-            acting = [site for site in sites if not site.everywhere]
-            if acting:
-                module = acting[0].reference()
-                assert module is not None
-                yield override_forward(module, acting[0].path, SingleForward, acting, call)
+        for sites in self.layouts[0].acting:
+            module = sites[0].reference()
+            assert module is not None
+            yield override_forward(module, sites[0].path, SingleForward, sites, call)
 
     def _stacked(self, rows: Rows, call: CallState) -> Iterator[Patch]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}

@@ -28,6 +28,8 @@ class ModelLayout(NamedTuple):
         structure: The modules of the model when the layout was made.
         sites: The adapted modules and parameters.
         groups: The same, module by module.
+        acting: Of each module the sites that act while it runs; others replace parameters for the
+            whole call.
         variants: The variants at work.
         keys: Their keys.
         ndims: Key -> the numbers of axes that its leaf may have in one adapter, if known.
@@ -46,6 +48,7 @@ class ModelLayout(NamedTuple):
     structure: Structure
     sites: tuple[Site, ...]
     groups: tuple[tuple[Site, ...], ...]
+    acting: tuple[tuple[Site, ...], ...]
     variants: tuple[Variant, ...]
     keys: frozenset[str]
     ndims: Mapping[str, tuple[int, ...]]
@@ -70,6 +73,7 @@ class ModelLayout(NamedTuple):
         return self._replace(
             sites=tuple(site for site in self.sites if id(site.module) in within),
             groups=tuple(sites for sites in self.groups if id(sites[0].module) in within),
+            acting=tuple(sites for sites in self.acting if id(sites[0].module) in within),
             changed=self.changed & within,
             quantised=tuple(q for q in self.quantised if id(q[1]()) in within),
         )
@@ -151,6 +155,7 @@ def _make_layout(
         structure(model, forget),
         sites,
         tuple(map(tuple, groups.values())),
+        tuple(filter(None, map(_acting, groups.values()))),
         tuple({site.variant.name: site.variant for site in sites}.values()),
         frozenset(key for site in sites for key in site.keys.values()),
         ndims,
@@ -165,6 +170,10 @@ def _make_layout(
         attached_path(model),
         OrderedDict(),
     )
+
+
+def _acting(sites: Iterable[Site]) -> tuple[Site, ...]:
+    return tuple(site for site in sites if not site.everywhere)
 
 
 def _uses_statistics(module: nn.Module) -> bool:
