@@ -422,3 +422,33 @@ def test_parents_and_children_to_save(tmp_path):
     edited(tmp_path, modules_to_save=["head", "head.0"])
     with pytest.raises(lf.AdapterFileError, match=r"head\.0: modules_to_save names it and 'head'"):
         from_peft(tmp_path, base)
+
+
+def test_trained_parameters_of_a_module_with_others_inside(tmp_path):
+    base, _, x = made("attention")
+    cfg = [
+        lf.LoRA(r=2, target_modules="before"),
+        lf.Full(target_parameters=r"in_proj_weight|out_proj\.bias"),
+    ]
+    params = scramble(lf.init(base, cfg))
+    to_peft(params, tmp_path, model=base)
+    expected = lf.fcall(base, params, x)
+    close(loaded(base, tmp_path)(x), expected)
+    again = from_peft(tmp_path, base)
+    close(lf.fcall(base, again, x), expected)
+    assert params.keys() < again.keys()
+    inside = scramble(
+        lf.init(
+            base,
+            [lf.LoRA(r=2, target_modules="out_proj"), lf.Full(target_parameters="in_proj_bias")],
+        )
+    )
+    with pytest.raises(ValueError, match=r"mha\.out_proj: has an adapter, and mha around it"):
+        to_peft(inside, tmp_path, model=base)
+
+
+def test_an_embedding_that_peft_would_read_as_another_change(tmp_path):
+    base = words()
+    params = lf.init(base, lf.OFT(block_size=3, target_modules="^0"))
+    with pytest.raises(TypeError, match="0: oft on a Embedding layer is not written: PEFT would"):
+        to_peft(params, tmp_path, model=base)

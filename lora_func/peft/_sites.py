@@ -96,7 +96,7 @@ def _of_one(
 def _site(model: nn.Module, path: str, variant: Variant, leaves: Mapping[str, Tensor]) -> PeftSite:
     layer, (module, _) = layer_of(model, path), find_site(model, path)
     found = writable_format(variant, leaves, layer)
-    why = "PEFT has no such format" if found is None else found.refuses(module)
+    why = "PEFT would not read it as this change" if found is None else found.refuses(module)
     if found is None or why is not None:
         raise TypeError(
             f"{path}: {variant.name} on a {layer} layer is not written: {why}; lora_func.to_lora "

@@ -49,8 +49,8 @@ def trained_parameters(
         The tensors and the settings.
 
     Raises:
-        TypeError: If a module has others inside, of which PEFT would keep copies too.
-        ValueError: If PEFT would keep more than these parameters.
+        ValueError: If PEFT would keep more than these parameters, or ignore an adapter inside of a
+            module that it keeps whole.
     """
     if kind is None:
         one = next(found for _, found in all_formats() if found.whole is not None)
@@ -72,12 +72,23 @@ def trained_parameters(
         for path, own in trained.items()
     }
     whole = _whole(model, {path: own for path, own in others.items() if own})
+    _check_outside(whole, adapted)
     check_ambiguous(whole, [name for name, _ in model.named_modules()], separator="")
     tensors = {f"{path}.{name}": t for path, own in whole.items() for name, t in own.items()}
     for path, name, tensor in biases:
         tensors[f"{adapted[path]}.{BASE}.{name}" if path in adapted else f"{path}.{name}"] = tensor
     kept = _heads(model, task, whole, tensors)
     return Trained({**head_parameters(model, task), **tensors}, kept, bias, None, [])
+
+
+def _check_outside(whole: Collection[str], adapted: Collection[str]) -> None:
+    for path in adapted:
+        around = next((one for one in whole if path == one or _is_inside(path, one)), None)
+        if around is not None:
+            raise ValueError(
+                f"{path}: has an adapter, and {around} around it has trained parameters; PEFT "
+                "keeps that module whole, and would ignore the adapter"
+            )
 
 
 def _heads(
@@ -124,7 +135,7 @@ def _biases(
 def _whole(
     model: nn.Module, trained: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
-    """All parameters of modules with trained ones, at each place of a tied one."""
+    """All parameters in modules with trained ones, at each place of a tied one."""
     places: Mapping[Place, list[Place]] = shared_parameters(model)
     names = {module: name for name, module in model.named_modules()}
     whole: dict[str, dict[str, Tensor]] = {}
@@ -133,12 +144,19 @@ def _whole(
         for leaf, tensor in own.items():
             for module, alias in places[model.get_submodule(path), leaf]:
                 name = names[module]
-                if any(module.children()):
-                    raise TypeError(f"{name}: PEFT keeps whole modules; this one has others inside")
-                parameters = original_parameters(module).items()
-                whole[name] = {n: p.detach().cpu().clone() for n, p in parameters if p is not None}
+                parameters = module.named_parameters(remove_duplicate=False)
+                whole[name] = {n: p.detach().cpu().clone() for n, p in parameters}
                 changed.setdefault(name, {})[alias] = tensor.clone()
-    return {name: own | changed[name] for name, own in whole.items()}
+    outermost = [name for name in whole if not any(_is_inside(name, other) for other in whole)]
+    for name in whole.keys() - {*outermost}:
+        around = next(one for one in outermost if _is_inside(name, one))
+        inner = {f"{name}.{n}".removeprefix(f"{around}."): t for n, t in changed[name].items()}
+        changed[around] |= inner
+    return {name: whole[name] | changed[name] for name in outermost}
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path.startswith(f"{other}.")
 
 
 def check_ambiguous(paths: Collection[str], names: Collection[str], separator: str = ".") -> None:
