@@ -93,18 +93,8 @@ def packages() -> list[str]:
     """What belongs into each package, in the order of imports."""
     rows = ["| module | what belongs there |", "|---|---|"]
     files = [PACKAGE / f"{name}.py" for name in ("version", "errors", "checks", "compat")]
-    files += [PACKAGE / "modules.py"]
-    folders = (
-        "configs",
-        "weights",
-        "variant",
-        "numerics",
-        "variants",
-        "adapter",
-        "targeting",
-        "runtime",
-    )
-    folders += ("initialization", "sweep", "export", "files", "peft")
+    folders = ("modules", "configs", "weights", "variant", "numerics", "variants", "adapter")
+    folders += ("targeting", "runtime", "initialization", "sweep", "export", "files", "peft")
     files += [PACKAGE / name / "__init__.py" for name in folders]
     for file in files:
         text = ast.get_docstring(ast.parse(file.read_text())) or ""

@@ -19,14 +19,19 @@ from lora_func.adapter import end_of_path
 from lora_func.files import TRAINING_STATE, adapters_of, byte_view, kind_of, read
 from lora_func.peft import from_peft, read_config, read_tensors, to_peft
 
+CONVERTED = "adapter.safetensors"
+"""The file in a folder that ``convert --to lora`` writes."""
+
 
 def show(options: argparse.Namespace) -> int:
     """Print the leaves of a file, its metadata, and whether the numbers are healthy."""
     console = Console(width=max(80, Console().width))
-    if options.file.is_dir():
+    path = options.file
+    if path.is_dir() and not (path / CONVERTED).is_file():
         return _show_peft(options, console)
-    kind = kind_of(options.file)
-    content = read(options.file, kind)
+    path = path / CONVERTED if path.is_dir() else path
+    kind = kind_of(path)
+    content = read(path, kind)
     adapters: dict[str, Mapping[str, torch.Tensor]] = {"": content.tensors}
     if kind == TRAINING_STATE:
         adapters = {**adapters_of(content)}
@@ -112,7 +117,7 @@ def convert(options: argparse.Namespace) -> int:
     else:
         found = lf.to_lora(params, model, options.rank, tol=options.tol)
         options.out.mkdir(parents=True, exist_ok=True)
-        lf.save(found.params, options.out / "adapter.safetensors", model=model)
+        lf.save(found.params, options.out / CONVERTED, model=model)
         worst = max(found.errors.values(), default=0.0)
         print(f"largest relative error of a site: {worst:.2e}")
     print(options.out)
@@ -196,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for package in options.imports:
             importlib.import_module(package)
         status: int = options.run(options)
-    except (ImportError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers raises errors of any kind
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         print(f"lora_func: {' '.join(text.split())}", file=sys.stderr)
         return 2

@@ -398,3 +398,21 @@ def test_trainer_saves_resumes_and_loads_the_best(kind, tmp_path):
     assert found.keys() == params.keys()
     alone = lf.fcall(model, {key: leaf.detach() for key, leaf in found.items()}, rows)
     assert loss == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_an_interrupted_merge_is_completed(monkeypatch):
+    model = make("bert").requires_grad_(False)
+    params = scramble(lf.init(model, lf.DoRA(r=2)))
+    expected, handle, calls = lf.merge(model, params), lf.attach(model, params), []
+    copy_ = torch.Tensor.copy_
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) in (2, 5):
+            raise KeyboardInterrupt
+        return copy_(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        handle.remove(merge=True)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())

@@ -12,9 +12,11 @@ import weakref
 from collections import UserDict
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -578,7 +580,6 @@ def test_an_offloaded_model():
     params = adapter(model, r=2)
     expected = lf.fcall(model, params, x)
     looped = lf.vcall(model, lf.stack([params, params]), x)
-    accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model, execution_device="cpu")
     for _ in range(2):
         torch.testing.assert_close(lf.fcall(model, params, x), expected)
@@ -598,7 +599,6 @@ def test_an_offloaded_model_is_read_where_its_weights_are(requires_grad, tmp_pat
     )
     as_lora = lf.to_lora(params, model, 3, tol=1).params
     lf.save(params, tmp_path / "a", model=model)
-    accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model, execution_device="cpu")
     torch.testing.assert_close(lf.fcall(model, params, x), expected)
     grads = torch.func.grad(lambda p: lf.fcall(model, p, x).sum())(params)
@@ -614,6 +614,55 @@ def test_an_offloaded_model_is_read_where_its_weights_are(requires_grad, tmp_pat
         assert {*found} == {*wanted}
         assert all(torch.equal(found[key], leaf) for key, leaf in wanted.items())
     assert all(p.is_meta and p.requires_grad is requires_grad for p in model.parameters())
+
+
+def offloaded(model, how):
+    model = copy.deepcopy(model)
+    if how == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    elif how == "dispatch":
+        tied = {}
+        for name, module in model.named_children():
+            weights = {f"{name}.{key}": p.clone() for key, p in module.state_dict().items()}
+            own = {key: weights[f"{name}.{key}"] for key in module.state_dict()}
+            settings = {"execution_device": "cpu", "offload": True, "weights_map": own}
+            hook = AlignDevicesHook(**settings, tied_params_map=tied)
+            add_hook_to_module(module, hook)
+    return model
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "dispatch"])
+@pytest.mark.parametrize("cfg", [lf.LoRA(r=1), lf.DoRA(r=1), lf.SHiRA(r=1), lf.HRA(r=2)], ids=str)
+def test_gradients_of_an_offloaded_model(how, cfg):
+    model, x = mlp(), torch.randn(3, 4)
+    params = scramble(lf.init(model, [cfg, lf.Full(target_parameters=r"0\.bias")]))
+    found = {}
+    for model_ in (model, offloaded(model, how)):
+        trained = lf.partition(params)[0]
+        y = lf.fcall(model_, params, x)
+        slopes = torch.autograd.grad(y.square().sum(), trained.values())
+        found[model_] = (y, lf.vcall(model_, [params, params], x), *slopes)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+def test_an_offloaded_model_keeps_its_ties():
+    model, ids = Tied(), torch.arange(6)[None]
+    params = scramble(lf.init(model, lf.Full(target_parameters="embed.weight")))
+    other = offloaded(model, "cpu_offload")
+    torch.testing.assert_close(lf.fcall(other, params, ids), lf.fcall(model, params, ids))
+    with pytest.raises(ValueError, match=r"embed\.weight: tied to head\.weight"):
+        lf.merge(other, lf.init(other, lf.LoRA(r=2, target_modules="embed")))
 
 
 def test_data_parallel_wrappers_are_looked_through():

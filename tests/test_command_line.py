@@ -143,6 +143,9 @@ def test_show_of_other_kinds(files, tmp_path):
     done = run("show", tmp_path / "peft", "--model", files / "model")
     assert done.returncode == 0, done.stderr
     assert "14 sites" in done.stdout
+    where = ("--out", tmp_path / "lora", "--model", files / "model")
+    run("convert", tmp_path / "peft", "--to", "lora", "--rank", "2", *where)
+    assert "14 sites" in run("show", tmp_path / "lora").stdout
 
 
 def test_a_base_with_settings_and_of_another_package(files, tmp_path):
@@ -182,3 +185,7 @@ def test_a_base_with_settings_and_of_another_package(files, tmp_path):
     done = run("convert", tmp_path / "a", *where, "--config", "num_labels")
     assert done.returncode == 2
     assert "--config: got 'num_labels', expected key=value" in done.stderr
+    for name in ("BertConfig", "Nothing", "nowhere.Model"):
+        done = run("convert", tmp_path / "a", *where, "--model-class", name)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1

@@ -131,3 +131,16 @@ def test_what_is_refused():
         lf.merge(model, {key: leaf.detach() for key, leaf in lf.stack([params, params]).items()})
     with pytest.raises(ValueError, match="tied: got 'maybe'"):
         lf.merge(model, params, tied="maybe")
+
+
+def test_two_places_of_a_tied_weight_that_differ():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    params = scramble(lf.init(model, lf.LoRA(r=2)))
+    with pytest.raises(ValueError, match=r"0\.weight: tied to 1\.weight, .* to other values"):
+        lf.merge(model, params)
+    state = lf.merge(model, params, tied="untie")
+    assert not torch.equal(state["0.weight"], state["1.weight"])
+    same = {key: params[key.replace("1", "0", 1)] for key in params}
+    merged = lf.merge(model, same)
+    assert torch.equal(merged["0.weight"], merged["1.weight"])

@@ -452,3 +452,76 @@ def test_an_embedding_that_peft_would_read_as_another_change(tmp_path):
     params = lf.init(base, lf.OFT(block_size=3, target_modules="^0"))
     with pytest.raises(TypeError, match="0: oft on a Embedding layer is not written: PEFT would"):
         to_peft(params, tmp_path, model=base)
+
+
+@pytest.mark.parametrize("targets", ["^score", "norm", "norm|^score"])
+def test_trained_parameters_alone(targets, tmp_path):
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3, pad_token_id=0)).eval()
+    params = scramble(lf.init(base, lf.Full(target_parameters=targets)))
+    ids = {"input_ids": torch.arange(3, 13).view(2, 5)}
+    to_peft(params, tmp_path, model=base)
+    expected = lf.fcall(base, params, ids).logits
+    close(loaded(base, tmp_path)(**ids).logits, expected)
+    again = from_peft(tmp_path, base)
+    assert again.keys() == params.keys()
+    close(lf.fcall(base, again, ids).logits, expected)
+
+
+class OwnNames(nn.Module):
+    """Modules with the names that PEFT gives to its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.original_module = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.a = nn.ModuleDict(
+            {
+                name: nn.ModuleDict({"lin": nn.Linear(4, 4)})
+                for name in ("base_layer", "modules_to_save")
+            }
+        )
+
+    def forward(self, x):
+        x = self.original_module(self.lin(x))
+        return self.a["modules_to_save"]["lin"](self.a["base_layer"]["lin"](x))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["original_module"]),
+        peft.LoraConfig(r=2, target_modules=["lin", "original_module"]),
+        peft.LoraConfig(r=2, target_modules=["original_module"], modules_to_save=["lin"]),
+        peft.LoraConfig(r=2, target_modules=["a.base_layer.lin"], bias="lora_only"),
+    ],
+    ids=["head", "layers", "saved", "bias"],
+)
+def test_a_model_with_the_names_of_peft(config, tmp_path):
+    torch.manual_seed(0)
+    base, x = OwnNames().eval(), torch.randn(3, 4)
+    expected = saved_by_peft(base, config, tmp_path / "theirs")(x)
+    params = from_peft(tmp_path / "theirs", base)
+    close(lf.fcall(base, params, x), expected)
+    to_peft(params, tmp_path / "ours", model=base)
+    close(loaded(base, tmp_path / "ours")(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a value like 8, finite"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', expected a value like 8"),
+        ({"lora_dropout": 1.5}, r"lora_dropout is 1\.5, expected .* below 1"),
+        ({"r": 2.5}, r"r is 2\.5"),
+        ({"use_rslora": 1}, "use_rslora is 1"),
+        ({"bias": "weird"}, "bias is 'weird', expected none, all or"),
+        ({"bias": "lora_only"}, r"names 2 places .*'a\.bias', 'b\.bias'"),
+        ({"bias": "all"}, r"names 5 places .*'norm\.bias'"),
+    ],
+)
+def test_settings_with_wrong_values(settings, message, tmp_path):
+    base = Mlp()
+    saved_by_peft(base, peft.LoraConfig(r=2, target_modules=["a", "b"]), tmp_path)
+    edited(tmp_path, **settings)
+    with pytest.raises(lf.AdapterFileError, match=message):
+        from_peft(tmp_path, base)

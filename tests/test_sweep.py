@@ -916,3 +916,30 @@ def test_caches_reach_the_loss_and_the_loop():
     for fallback in ("raise", "loop"):
         with pytest.raises(ValueError, match="batch: holds a DynamicCache, which each adapter"):
             lf.vcall(model, adapters, batch | {"past_key_values": cache}, fallback=fallback)
+
+
+@pytest.mark.parametrize("fallback", ["raise", "loop"])
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_results_that_are_no_tensors(chunk, fallback):
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    if fallback == "loop":
+        model.append(nn.BatchNorm1d(4, track_running_stats=False))
+    adapters = [lora(model, seed) for seed in range(3)]
+
+    def results(y, batch):
+        return {
+            "loss": y.sum(),
+            "number": y.sum().item(),
+            "name": "x",
+            "none": None,
+            "rows": len(y),
+        }
+
+    found = lf.vcall(model, adapters, X, loss_fn=results, chunk=chunk, fallback=fallback)
+    alone = [lf.fcall(model, one, X, loss_fn=results) for one in adapters]
+    same(found["loss"], torch.stack([one["loss"] for one in alone]))
+    assert found["number"] == pytest.approx([one["number"] for one in alone], rel=1e-4)
+    assert (found["name"], found["none"], found["rows"]) == ("x", None, len(X))
+    sizes = iter(range(1, 100))
+    with pytest.raises(ValueError, match=r"results of the shapes \[.*\], which cannot be stacked"):
+        lf.vcall(model, adapters, X, loss_fn=lambda y, _: y[0, : next(sizes)], fallback=fallback)

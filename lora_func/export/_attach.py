@@ -14,6 +14,9 @@ from lora_func.modules import inner_model, shared_parameters
 from lora_func.runtime import Site, check_idle, check_single
 from lora_func.variant import Params
 
+_INTERRUPTS = 100
+"""How many errors a removal outlives: one that always fails is no interrupt."""
+
 
 class Attached:
     """An adapter that is attached to a model, and a context manager that removes it at the end.
@@ -53,27 +56,29 @@ class Attached:
         places = [(one.module, one.name) for one in self._before] if merge else []
         merged = {place: getattr(*place).detach().clone() for place in places}
         self._check_tied(merged)
-        interrupt: BaseException | None = None
-        while self._before or self._required_grad:
+        errors: list[BaseException] = []
+        while self._hook is not None:
             try:
-                self._restore()
+                self._restore(merged)
             except BaseException as error:
-                interrupt = error
-        with torch.no_grad():
-            for (module, name), tensor in merged.items():
-                getattr(module, name).copy_(tensor)
-        if interrupt is not None:
-            raise interrupt
+                errors.append(error)
+                if len(errors) > _INTERRUPTS:
+                    raise
+        if errors:
+            raise errors[-1]
 
-    def _restore(self) -> None:
-        """Undo the last step; each may be repeated."""
+    def _restore(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+        """Undo all steps; each may be repeated after an interrupt."""
         while self._before:
             self._before[-1].restore()
             del self._before[-1]
+        for (module, name), tensor in merged.items():
+            parameters_of(module)[name].data.copy_(tensor)
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
         self._required_grad.clear()
         self._hook.remove()
+        self._hook = None
 
     def _check_tied(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
         originals: dict[int, Tensor] = {}

@@ -119,14 +119,20 @@ def _offloaded_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_tied(model: nn.Module, changed: Iterable[Replacement]) -> None:
     places, names = shared_parameters(model), _names(model)
-    moved = {(id(module), name) for module, new, _ in changed for name in new}
+    moved = {(id(module), name): t for module, new, _ in changed for name, t in new.items()}
     for module, new, _ in changed:
-        for name in new:
+        for name, tensor in new.items():
             for other, alias in places.get((module, name), ()):
-                if (id(other), alias) not in moved:
-                    mine, theirs = names[id(module), name][0], names[id(other), alias][0]
+                mine, theirs = names[id(module), name][0], names[id(other), alias][0]
+                there = moved.get((id(other), alias))
+                if there is None:
                     raise ValueError(
                         f"{mine}: tied to {theirs}, which the adapter does not change; pass "
                         "tied='untie' for a state dict in which they differ, or name the "
                         "parameter with target_parameters to change both"
+                    )
+                if there is not tensor and not torch.equal(there, tensor):
+                    raise ValueError(
+                        f"{mine}: tied to {theirs}, which the adapter changes to other values; "
+                        "pass tied='untie' for a state dict in which they differ"
                     )

@@ -1,7 +1,9 @@
 """The files of a checkpoint: its config, and its tensors by module."""
 
 import json
-from collections.abc import Collection, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from lora_func.errors import AdapterFileError
 from lora_func.peft._formats import CONFIG, PREFIX, WEIGHTS, all_formats, readable_formats
+from lora_func.variant import PeftFormat
 
 _COMMON = (
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -63,10 +66,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not formats:
         known = sorted({found.peft_type for _, found in all_formats()})
         raise AdapterFileError(f"{path}: is of kind {kind!r}; the kinds that are read are {known}")
+    for found in formats:
+        config = {**found.defaults, **config}
+    _check_settings(path, config, formats)
+    return config
+
+
+def _check_settings(path: Path, config: Mapping[str, Any], formats: Sequence[PeftFormat]) -> None:
+    kind = config["peft_type"]
     inert: dict[str, tuple[Any, ...]] = {}
     known_settings = {*_COMMON}
     for found in formats:
-        config, inert = {**found.defaults, **config}, {**inert, **found.inert}
+        inert |= found.inert
         known_settings |= {*found.defaults, *found.inert, *found.ignored, *found.patterns.values()}
         known_settings |= {*found.patterns, found.listed or "bias"}
     for name, harmless in inert.items():
@@ -75,13 +86,30 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{path}: {name} is {config[name]!r}; this setting changes the base or the forward "
                 f"pass, and is read only at {harmless}"
             )
+    for found in formats:
+        for name, default in found.defaults.items():
+            _check_value(path, name, config[name], default)
+    if not re.fullmatch("none|all|[a-z]+_only", str(config.get("bias") or "none")):
+        raise AdapterFileError(f"{path}: bias is {config['bias']!r}, expected none, all or *_only")
     for name, value in config.items():
         if name not in known_settings and value not in (None, False, [], {}):
             raise AdapterFileError(
                 f"{path}: {name} is {value!r}; this setting of {kind} is unknown here, and may "
                 "change the forward pass; remove it from the file if it does not"
             )
-    return config
+
+
+def _check_value(path: Path, name: str, value: Any, default: Any) -> None:
+    """Check a setting against the type of PEFT's default; numbers must be finite."""
+    kinds = (int, float) if isinstance(default, float) or name.endswith("alpha") else type(default)
+    right = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+    if right and isinstance(value, float):
+        right = math.isfinite(value) and not (name.endswith("dropout") and not 0 <= value < 1)
+    if not right:
+        raise AdapterFileError(
+            f"{path}: {name} is {value!r}, expected a value like {default!r}, finite, and below 1 "
+            "for a probability"
+        )
 
 
 def read_tensors(folder: Path, allow_nonfinite: bool) -> dict[str, Tensor]:
@@ -124,12 +152,16 @@ def read_tensors(folder: Path, allow_nonfinite: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def by_module(tensors: Mapping[str, Tensor], peft_type: str) -> list[Stored]:
+def by_module(
+    tensors: Mapping[str, Tensor], peft_type: str, exists: Callable[[str], bool]
+) -> list[Stored]:
     """Sort tensors by their modules.
 
     Args:
         tensors: Full name -> tensor.
         peft_type: The kind of the checkpoint.
+        exists: Whether the model has a module at a path of the checkpoint; another path holds names
+            that PEFT has put there.
 
     Returns:
         What there is at each module.
@@ -139,16 +171,18 @@ def by_module(tensors: Mapping[str, Tensor], peft_type: str) -> list[Stored]:
     wholes = {found.whole for found in formats if found.whole is not None}
     found: dict[tuple[str, int], Stored] = {}
     for key, tensor in tensors.items():
-        if f".{_ORIGINAL}." in key:
-            continue
-        name = key.removeprefix(PREFIX).replace(f".{_COPY}.", ".")
-        path, rest = _split(name, suffixes, wholes)
-        inner = path
-        while inner.endswith(f".{BASE}"):
-            inner = inner.removesuffix(f".{BASE}")
-        depth = path.count(f".{BASE}") - inner.count(f".{BASE}")
-        module = inner.replace(f".{BASE}", "")
-        found.setdefault((module, depth), Stored(module, depth, {})).tensors[rest] = tensor
+        path, rest = _split(key.removeprefix(PREFIX), suffixes, wholes)
+        if not exists(path):
+            if _ORIGINAL in path.split("."):
+                continue
+            path = ".".join(part for part in path.split(".") if part != _COPY)
+        depth = 0
+        if rest not in suffixes and not exists(path) and path.endswith(f".{BASE}"):
+            path, rest = path.removesuffix(f".{BASE}"), f"{BASE}.{rest}"
+        while not exists(path) and path.endswith(f".{BASE}"):
+            path, depth = path.removesuffix(f".{BASE}"), depth + 1
+        path = path if exists(path) else path.replace(f".{BASE}", "")
+        found.setdefault((path, depth), Stored(path, depth, {})).tensors[rest] = tensor
     return [*found.values()]
 
 
@@ -162,6 +196,4 @@ def _split(name: str, suffixes: Collection[str], wholes: Collection[str]) -> tup
         if found:
             return path, whole + parameter
     path, _, last = name.rpartition(".")
-    if path.endswith(f".{BASE}"):
-        return path.removesuffix(f".{BASE}"), f"{BASE}.{last}"
     return path, last

@@ -1,10 +1,11 @@
 """Comparing what a config promises with what a checkpoint holds."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
+from lora_func.modules import original_parameters
 from lora_func.peft._formats import (
     PREFIX,
     is_targeted,
@@ -13,6 +14,9 @@ from lora_func.peft._formats import (
     targeted_parameters,
 )
 
+Place: TypeAlias = tuple[str, str]
+"""The path of a module, and the name of one of its parameters."""
+
 
 def check_promises(
     model: nn.Module,
@@ -20,6 +24,7 @@ def check_promises(
     to_peft: Callable[[str], str],
     adapted: Collection[str],
     tensors: Collection[str],
+    trained: Collection[Place],
 ) -> None:
     """Check that every module that a config names has its tensors.
 
@@ -29,6 +34,7 @@ def check_promises(
         to_peft: From a path in the model to the checkpoint's path.
         adapted: The sites that have an adapter in the checkpoint.
         tensors: The full names of all tensors.
+        trained: The parameters that the checkpoint holds, by the paths of their modules.
 
     Raises:
         ValueError: If a layer, a projection or a head is missing.
@@ -38,11 +44,27 @@ def check_promises(
         names = (name for name, _ in module.named_parameters())
         expected = {f"{path}.{name}": f"{PREFIX}{to_peft(path)}.{name}" for name in names}
         missing += [name for name, full in expected.items() if full not in tensors]
+    missing += _missing_biases(model, config, adapted, trained)
     if missing:
         raise ValueError(
             f"the config names {len(missing)} places for which the file has no tensors, such as "
             f"{missing[:5]}; the file is incomplete, or belongs to another model"
         )
+
+
+def _missing_biases(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    adapted: Collection[str],
+    trained: Collection[Place],
+) -> list[str]:
+    bias = config.get("bias") or "none"
+    return [
+        f"{path}.bias"
+        for path, module in model.named_modules()
+        if bias != "none" and (bias == "all" or path in adapted)
+        if original_parameters(module).get("bias") is not None and (path, "bias") not in trained
+    ]
 
 
 def _missing_sites(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import SHARED, Key, as_trainable, check_leaves
+from lora_func.adapter import SHARED, Key, as_trainable, check_leaves, parse
 from lora_func.errors import AdapterFileError
 from lora_func.modules import find_site, inner_model
 from lora_func.peft._checkpoint import Stored, by_module, read_config, read_tensors
@@ -60,9 +60,12 @@ def from_peft(
     try:
         names = _names(model, [key.removeprefix(PREFIX) for key in tensors])
         adapted: set[str] = set()
-        for stored in by_module(tensors, config["peft_type"]):
+        modules = {path for path, _ in model.named_modules()}
+        at = by_module(tensors, config["peft_type"], lambda path: names.to_model(path) in modules)
+        for stored in at:
             params |= _module(model, config, names, stored, adapted)
-        check_promises(model, config, names.to_peft, adapted, tensors)
+        trained = {(key.site, key.leaf) for key in map(parse, params) if key.variant == FULL}
+        check_promises(model, config, names.to_peft, adapted, tensors, trained)
         params = tied_once(model, mirrored_once(model, config, params))
         layout_of(model, params)
         check_leaves(params, model)

@@ -39,10 +39,8 @@ class PeftSite(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The path of the module in the model; of its own for a parameter of it."""
-        if "Parameter" in self.format.layers:
-            return self.path
-        return self.stem.replace(f".{BASE}", "")
+        """The path of the module in the model; the parameter's own path for a parameter."""
+        return f"{self.path}.out_proj" if "out_proj" in self.format.layers else self.path
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by their names."""

@@ -64,6 +64,8 @@ def to_peft(
     sites, whole = peft_sites(model, leaves)
     stems = {site.module: site.stem for site in sites}
     task = _task(model, task_type, [*stems])
+    if not sites and all(hidden_by_head(task, [path]) for path in whole):
+        task = None  # a head alone is what LN_TUNING names
     trained = trained_parameters(model, whole, stems, _kind(sites), task)
     config = _config(model, sites, trained) | {
         "base_model_name_or_path": base_model_name,
@@ -119,13 +121,14 @@ def _task(model: nn.Module, given: str | None, paths: Sequence[str]) -> str | No
 
 
 def _config(model: nn.Module, sites: Sequence[PeftSite], trained: Trained) -> dict[str, Any]:
-    kind = _kind(sites)
+    kind, config = _kind(sites), dict[str, Any]()
     if kind is None:
         modules = _targets(model, trained.targets)
-        return {"peft_type": trained.kind, "inference_mode": True, "target_modules": modules}
+        config = {"peft_type": trained.kind, "inference_mode": True, "target_modules": modules}
+        return config | ({"modules_to_save": trained.modules} if trained.modules else {})
     of_parameters = [site.path for site in sites if "Parameter" in site.format.layers]
     paths = [*dict.fromkeys(site.path for site in sites if site.path not in of_parameters)]
-    config: dict[str, Any] = {
+    config = {
         "peft_type": kind,
         "inference_mode": True,
         "target_modules": _targets(model, paths) if paths else None,
@@ -142,7 +145,7 @@ def _config(model: nn.Module, sites: Sequence[PeftSite], trained: Trained) -> di
         config["fan_in_fan_out"] = not any(
             isinstance(find_site(model, path)[0], nn.Linear) for path in paths
         )
-    if {"embed_tokens"} == {path.rpartition(".")[2] for path in paths} & {"embed_tokens"}:
+    if any(path.rpartition(".")[2] == "embed_tokens" for path in paths):  # PEFT ties by this name
         config["ensure_weight_tying"] = _is_mirrored(sites)
     if trained.modules:
         config["modules_to_save"] = sorted(trained.modules)

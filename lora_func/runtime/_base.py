@@ -58,10 +58,12 @@ def tracker_of(
     else:
         tracker = ReplacedParameters(original)
         tracker.update(replaced.new)
-        for name, new in replaced.new.items():
-            if original[name] is not None and original[name].is_meta:
-                # accelerate's hooks make what they load by calling the class of what they read
-                dict.__setitem__(tracker, name, adapted_tensor(original[name], partial(_same, new)))
+        # accelerate's hooks make what they load by calling the class of what they read
+        tracker.stand_ins = {
+            name: adapted_tensor(original[name], partial(_same, new))
+            for name, new in replaced.new.items()
+            if original[name] is not None and original[name].is_meta
+        }
         tracker.used_by, tracker.unused = replaced.keys, set() if unused is None else unused
     if detaches:
         for name, parameter in original.items():

@@ -160,6 +160,8 @@ class AdaptedTensor(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is Tensor.data_ptr and hasattr(args[0], "lent"):
+            return args[0].lent[1].data_ptr()  # accelerate looks a weight up by its memory
         if function in _METADATA or (function in _CASTS and _keeps_no_values(args)):
             with without_torch_function():
                 return function(*args, **kwargs)

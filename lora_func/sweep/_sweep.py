@@ -61,8 +61,8 @@ def vcall(
 
     Returns:
         The stacked results of ``fcall`` for each adapter: losses (K,); outputs with an axis K in
-        front if there is neither a loss nor a loss_fn. A cache of keys and values becomes a list of
-        K caches.
+        front if there is neither a loss nor a loss_fn. What is no tensor, such as a cache,
+        becomes a list of K values, unless it is a plain value that all have.
 
     Raises:
         FoldError: If the adapters cannot share a call: the model mixes rows, reads an adapted
@@ -95,11 +95,13 @@ def vcall(
     if batched:
         check_batched_axes(batch, sum(sizes))
     pieces = []
+    counts: list[int] = []
     for share, of_each, place in _shares(stacks, sizes, chunk or sum(sizes)):
         own = batch_of(batch, batched, place)
         sweep = Sweep(model, share, of_each, own, batched, loss_fn, strict)
         pieces.append(_run(sweep, check, fallback))
-    return joined(pieces)
+        counts.append(sum(of_each))
+    return joined(pieces, counts)
 
 
 def _stacks(

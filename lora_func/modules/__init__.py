@@ -1,0 +1,41 @@
+"""Walking through a model: paths, tied parameters, structure, and parameters during a call.
+
+What a weight means belongs to ``weights``; what runs a model belongs to ``runtime``.
+"""
+
+from lora_func.modules._paths import (
+    attached_path,
+    called_model,
+    find_site,
+    inner_model,
+    named_parameters,
+)
+from lora_func.modules._places import Place, shared_parameters
+from lora_func.modules._structure import Structure, identities, structure
+from lora_func.modules._tracking import (
+    AdaptedSource,
+    AttachedView,
+    ReadTracker,
+    ReplacedParameters,
+    inner_parameters,
+    original_parameters,
+)
+
+__all__ = [
+    "AdaptedSource",
+    "AttachedView",
+    "Place",
+    "ReadTracker",
+    "ReplacedParameters",
+    "Structure",
+    "attached_path",
+    "called_model",
+    "find_site",
+    "identities",
+    "inner_model",
+    "inner_parameters",
+    "named_parameters",
+    "original_parameters",
+    "shared_parameters",
+    "structure",
+]
