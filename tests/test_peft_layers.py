@@ -103,6 +103,17 @@ TABLE = {
         peft.OFTConfig(oft_block_size=2, target_modules=ALL),
         (2, 4, 8, 8),
     ),
+    "oft shared": (
+        Mlp,
+        peft.OFTConfig(oft_block_size=2, target_modules=["a", "b"], block_share=True),
+        (5, 6),
+    ),
+    "oft constrained": (
+        Mlp,
+        peft.OFTConfig(oft_block_size=2, target_modules=["a", "b"], coft=True, eps=0.3),
+        (5, 6),
+    ),
+    "hra orthonormal": (Mlp, peft.HRAConfig(r=3, target_modules=["a", "b"], apply_GS=True), (5, 6)),
     "embedding lora": (words, peft.LoraConfig(**LORA, target_modules=["0", "1"]), "ids"),
     "embedding dora": (words, peft.LoraConfig(**DORA, target_modules=["0", "1"]), "ids"),
     "attention": (Attention, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["mha"]), (2, 3, 8)),

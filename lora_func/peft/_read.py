@@ -162,7 +162,7 @@ def _check_named(model: nn.Module, path: str, stored: Stored, kind: str) -> None
     except KeyError as error:
         held = [f"{stored.path}.{rest}" for rest in stored.tensors]
         raise ValueError(
-            f"the checkpoint holds {held}, whose names end like no tensor of a {kind}; "
+            f"the checkpoint holds {held}, whose names end like no tensor of {kind} that is read; "
             f"{error.args[0]}"
         ) from None
 

@@ -17,6 +17,7 @@ References:
 Deviations: the authors' code for Llama reflects the output; we follow the paper, their code for
 diffusion and PEFT, which reflect the input. PEFT draws an odd number of reflections without pairs,
 and its Gram-Schmidt option breaks the pairs; neither starts as the base, and we offer neither.
+A checkpoint with that option is read as the orthonormal vectors that act.
 """
 
 from collections.abc import Mapping
@@ -95,6 +96,15 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W - (W @ P.mT) @ U
 
 
+def _peft_reflections(u: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """PEFT's vectors as they act: made orthonormal, one after another, with ``apply_GS``."""
+    if not config["apply_GS"]:
+        return u.t()
+    Q, R = torch.linalg.qr(u.double())
+    orthonormal: Tensor = (Q * R.diagonal().sign()).t().to(u.dtype)
+    return orthonormal
+
+
 def _differs_in_peft(module: Any) -> str | None:
     if not isinstance(module, nn.Conv2d):
         return None
@@ -114,10 +124,9 @@ VARIANT = Variant(
     peft=(
         PeftFormat(
             "HRA",
-            leaves={"U": PeftLeaf("hra_u", torch.t, lambda u, _: u.t())},
+            leaves={"U": PeftLeaf("hra_u", torch.t, _peft_reflections)},
             settings=lambda leaves, shape: {"r": leaves["U"].shape[-2]},
-            inert={"apply_GS": (None, False)},
-            defaults={"r": 8},
+            defaults={"r": 8, "apply_GS": False},
             layers=("Linear", "Conv2d"),
             refuses=_differs_in_peft,
         ),

@@ -12,11 +12,13 @@ References:
 
 Deviations: PEFT's exact branch computes the inverse of what its Neumann branch approximates; we
 follow the paper in both (negate R when you bring a checkpoint with ``use_cayley_neumann=False``).
-PEFT changes a block size that does not divide d_in; we refuse it. With q = ‖Q‖₂ the series is off
+PEFT changes a block size that does not divide d_in; we refuse it. Its ``block_share`` and ``coft``
+are read as the blocks that act, which training then moves freely. With q = ‖Q‖₂ the series is off
 orthogonality by ``4 q²`` for 2 terms, from 4 on by ``q^(2(t-1))`` for an even number t of them and
 by about ``2 q^(t-1)`` for an odd one, so 4 is better than 5; for q ≥ 1 it does not converge.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,13 +131,28 @@ def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
     return settings | {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
 
 
+def _peft_blocks(
+    config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Weight
+) -> dict[str, Tensor]:
+    """PEFT's blocks as they act: one for each place (``block_share``), not too long (``coft``)."""
+    R = leaves["R"]
+    if config["coft"]:
+        longest = config["eps"] / math.sqrt(len(R))
+        length = math.sqrt(2) * R.norm(dim=-1, keepdim=True)
+        R = torch.where(length <= longest, R, R * (longest / length))
+    if config["block_share"]:
+        size = (1 + math.isqrt(1 + 8 * R.shape[-1])) // 2
+        R = R.expand(W.shape[-1] // size, -1)
+    return {"R": R.clone()}
+
+
 def _peft_terms(
     config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Weight
 ) -> dict[str, Tensor]:
     terms = config["num_cayley_neumann_terms"]
     if terms < 2:
         raise ValueError(f"num_cayley_neumann_terms is {terms}; PEFT's rotation is then none")
-    return {"_neumann": torch.ones(terms)}
+    return {"_neumann": torch.ones(terms), **_peft_blocks(config, leaves, W)}
 
 
 def _differs_in_peft(module: Any) -> str | None:
@@ -151,9 +168,15 @@ _PEFT = PeftFormat(
     settings=_peft_settings,
     means=lambda config, path: not config["use_cayley_neumann"],
     holds=lambda leaves: "_neumann" not in leaves,
-    defaults={"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
-    inert={"block_share": (None, False), "coft": (None, False)},
-    ignored=("eps", "module_dropout", "oft_block_size", "r"),
+    constants=_peft_blocks,
+    defaults={
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+        "block_share": False,
+        "coft": False,
+        "eps": 6e-5,
+    },
+    ignored=("module_dropout", "oft_block_size", "r"),
     layers=("Linear", "Conv2d"),
     refuses=_differs_in_peft,
 )
