@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import lora_func as lf
-from lora_func.adapter import end_of_path
+from lora_func.adapter import end_of_path, size_of
 from lora_func.files import TRAINING_STATE, adapters_of, byte_view, kind_of, read
 from lora_func.peft import from_peft, read_config, read_tensors, to_peft
 
@@ -70,7 +70,7 @@ def _show_peft(options: argparse.Namespace, console: Console) -> int:
 
 def _print_size(params: Mapping[str, torch.Tensor], console: Console) -> None:
     try:
-        console.print(f"a stack of {len(lf.unstack(params))} adapters", highlight=False)
+        console.print(f"a stack of {size_of(params)} adapters", highlight=False)
     except ValueError:
         console.print("one adapter", highlight=False)
 

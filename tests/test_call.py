@@ -26,8 +26,8 @@ from lora_func.runtime import layout_of, patched
 from lora_func.runtime._layout import CACHED_LAYOUTS, _layouts
 from lora_func.runtime._running import active
 from lora_func.runtime._settings import _math_attention
+from tests.support.models import TiedTwice, merged, scramble
 from tests.support.models import lora as adapter
-from tests.support.models import merged, scramble
 from tests.support.snapshots import assert_same, snapshot
 
 
@@ -646,18 +646,8 @@ def test_gradients_of_an_offloaded_model(how, cfg):
         torch.testing.assert_close(one, other)
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        return self.head(self.embed(ids))
-
-
 def test_an_offloaded_model_keeps_its_ties():
-    model, ids = Tied(), torch.arange(6)[None]
+    model, ids = TiedTwice(), torch.arange(6)[None]
     params = scramble(lf.init(model, lf.Full(target_parameters="embed.weight")))
     other = offloaded(model, "cpu_offload")
     torch.testing.assert_close(lf.fcall(other, params, ids), lf.fcall(model, params, ids))

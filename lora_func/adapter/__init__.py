@@ -7,7 +7,7 @@ Functions here work on the dict alone, or read weights by their paths. What runs
 from lora_func.adapter._combine import combine
 from lora_func.adapter._keys import RANK, SHARED, Key, as_trainable, group, parse, partition
 from lora_func.adapter._schema import check_leaves, check_required, check_site
-from lora_func.adapter._stack import is_stack, size_of, stack, unstack
+from lora_func.adapter._stack import holds_stack, size_of, stack, unstack
 from lora_func.adapter._summary import end_of_path, summary
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "combine",
     "end_of_path",
     "group",
-    "is_stack",
+    "holds_stack",
     "parse",
     "partition",
     "size_of",

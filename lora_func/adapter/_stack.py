@@ -116,7 +116,7 @@ def size_of(stacked: Mapping[str, Tensor]) -> int:
     return next(iter(sizes))
 
 
-def is_stack(params: Mapping[str, Tensor]) -> bool:
+def holds_stack(params: Mapping[str, Tensor]) -> bool:
     """Tell a stack from an adapter by its leaves alone.
 
     Returns:

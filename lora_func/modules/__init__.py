@@ -18,6 +18,7 @@ from lora_func.modules._tracking import (
     ReadTracker,
     ReplacedParameters,
     inner_parameters,
+    offloading_hook,
     original_parameters,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "inner_model",
     "inner_parameters",
     "named_parameters",
+    "offloading_hook",
     "original_parameters",
     "shared_parameters",
     "structure",

@@ -4,8 +4,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lora_func.compat import HF_HOOK
-from lora_func.modules._tracking import original_parameters
+from lora_func.modules._tracking import offloading_hook, original_parameters
 
 Place: TypeAlias = tuple[nn.Module, str]
 """A module and the name of one of its own parameters."""
@@ -28,8 +27,7 @@ def _identity(module: nn.Module, name: str, parameter: Tensor, source: str) -> A
     """What the places of one parameter share."""
     # an offloaded parameter is another object at each place: accelerate holds those of one in one
     # memory, and transformers knows them by their names
-    hook = vars(module).get(HF_HOOK)
-    weights = getattr(hook, "weights_map", None)
+    weights = getattr(offloading_hook(module), "weights_map", None)
     if not parameter.is_meta or weights is None:
         return id(parameter)
     held = getattr(weights, "dataset", weights)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from lora_func.compat import children_of, parameters_of
+from lora_func.compat import HF_HOOK, children_of, parameters_of
 
 
 class AttachedView(nn.Module):
@@ -119,3 +119,10 @@ def inner_parameters(module: nn.Module) -> dict[str, Any]:
     """Return the parameters that a module itself runs with, before its adapter changes them."""
     own = parameters_of(module)
     return {name: own.inner(name) for name in own} if isinstance(own, ReadTracker) else own
+
+
+def offloading_hook(module: nn.Module) -> Any:
+    """Return accelerate's hook that loads a module's weights for its forward alone; or None."""
+    hook = vars(module).get(HF_HOOK)
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((one for one in hooks if getattr(one, "offload", False)), None)

@@ -75,11 +75,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _check_settings(path: Path, config: Mapping[str, Any], formats: Sequence[PeftFormat]) -> None:
     kind = config["peft_type"]
     inert: dict[str, tuple[Any, ...]] = {}
-    known_settings = {*_COMMON}
+    known_settings: set[str | None] = {*_COMMON}
     for found in formats:
         inert |= found.inert
         known_settings |= {*found.defaults, *found.inert, *found.ignored, *found.patterns.values()}
-        known_settings |= {*found.patterns, found.listed or "bias"}
+        known_settings |= {*found.patterns, found.listed}
     for name, harmless in inert.items():
         if config.get(name) not in harmless:
             raise AdapterFileError(

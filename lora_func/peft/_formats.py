@@ -82,14 +82,14 @@ def sizes_of(model: nn.Module, path: str) -> tuple[int, ...]:
 def is_targeted(config: Mapping[str, Any], path: str) -> bool:
     """True if PEFT adapts the module of a path, as ``check_target_module_exists`` decides it."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or ()
-    if not targets or _names_exactly(excluded, path) or is_saved(config, path, strictly=True):
+    if not targets or _is_named(excluded, path) or is_saved(config, path, strictly=True):
         return False
     if isinstance(targets, str) or path in targets:
-        return _names_exactly(targets, path)
-    return _names_exactly(targets, path) and _is_in_layers(config, path)
+        return _is_named(targets, path)
+    return _is_named(targets, path) and _is_in_layers(config, path)
 
 
-def _names_exactly(names: str | Sequence[str], path: str) -> bool:
+def _is_named(names: str | Sequence[str], path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -129,7 +129,7 @@ def targeted_parameters(config: Mapping[str, Any], path: str, module: nn.Module)
     """Return the parameters of a module that PEFT adapts by their names, in PEFT's order."""
     names = config.get("target_parameters") or ()
     own = [name for name, p in original_parameters(module).items() if p is not None]
-    return [name for name in own if _names_exactly(list(names), f"{path}.{name}")]
+    return [name for name in own if _is_named(list(names), f"{path}.{name}")]
 
 
 def at_site(config: Mapping[str, Any], found: PeftFormat, path: str) -> dict[str, Any]:

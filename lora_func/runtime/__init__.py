@@ -18,7 +18,7 @@ from lora_func.runtime._running import check_idle, eval_patches, skeleton
 from lora_func.runtime._settings import has_fast_path, settings_now
 from lora_func.runtime._site import Site
 from lora_func.runtime._sites import leaves_of
-from lora_func.runtime._trees import PerAdapter, joined, stacked, tensors_of, unstacked
+from lora_func.runtime._trees import PLAIN, PerAdapter, joined, stacked, tensors_of, unstacked
 from lora_func.runtime._views import (
     adapted_bias,
     adapted_weight,
@@ -30,6 +30,7 @@ from lora_func.runtime._views import (
 )
 
 __all__ = [
+    "PLAIN",
     "ForwardOverride",
     "LossFn",
     "ModelLayout",

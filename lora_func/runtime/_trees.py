@@ -50,10 +50,11 @@ def stacked(trees: Sequence[Any]) -> Any:
 def _common(values: Sequence[Any]) -> Any:
     first = values[0]
     plain = all(type(value) is type(first) and value == first for value in values)
-    return first if isinstance(first, _PLAIN) and plain else PerAdapter(values)
+    return first if isinstance(first, PLAIN) and plain else PerAdapter(values)
 
 
-_PLAIN = (type(None), bool, int, float, str)
+PLAIN = (type(None), bool, int, float, str)
+"""The types of values that several adapters may have in common."""
 
 
 def unstacked(tree: Any, size: int) -> list[Any]:

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from lora_func.compat import is_cache, tree_flatten, tree_map, tree_map_only, tree_unflatten
 from lora_func.errors import FoldError
-from lora_func.runtime import LossFn, PerAdapter, arguments, result, stacked, tensors_of, unstacked
+from lora_func.runtime import (
+    PLAIN,
+    LossFn,
+    PerAdapter,
+    arguments,
+    result,
+    stacked,
+    tensors_of,
+    unstacked,
+)
 from lora_func.sweep._caches import part_of_cache
 
 
@@ -158,7 +167,7 @@ def unfold(output: Any, adapters: int, rows: int, numbers: Sequence[Tensor]) -> 
     """
 
     def unfolded(value: Any) -> Any:
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return value
         if is_cache(value):
             return PerAdapter(part_of_cache(value, k, adapters, rows) for k in range(adapters))
@@ -184,6 +193,3 @@ def unfold(output: Any, adapters: int, rows: int, numbers: Sequence[Tensor]) -> 
 def of_adapter(output: Any, k: int | slice) -> Any:
     """Return the part of one adapter, or of several, of tensors with adapters on the first axis."""
     return tree_map_only((Tensor, PerAdapter), lambda value: value[k], output)
-
-
-_PLAIN = (type(None), bool, int, float, str)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import is_stack, partition, size_of
+from lora_func.adapter import holds_stack, partition, size_of
 from lora_func.checks import check_number
 from lora_func.runtime import stack_size
 
@@ -76,7 +76,7 @@ def _size(one: Mapping[str, Tensor], model: nn.Module | None) -> int | None:
     """The number of adapters in a stack; None for one adapter."""
     if model is not None:
         return stack_size(model, one)
-    return size_of(one) if is_stack(one) else None
+    return size_of(one) if holds_stack(one) else None
 
 
 def _clipped(one: Mapping[str, Tensor], size: int | None, max_norm: float) -> Tensor:

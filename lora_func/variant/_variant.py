@@ -81,9 +81,9 @@ class Variant(NamedTuple):
             ``stack`` then pads.
         stacks: True if ``apply`` also takes K adapters at once, leaves (K, ...) and x (K, n, d_in).
             For any other variant ``vcall`` uses ``torch.vmap``, which is slower.
-        products_only: True if ``apply`` uses of x only its dtype, ``linear(x, W)`` and ``x @ M``.
-            It then also runs embeddings and convolutions; other variants run there with the weight
-            view, which is slower.
+        products_only: True if ``apply`` uses of x only its dtype, ``linear(x, W)``, ``x @ M`` and
+            ``dropout(x, rate)``. It then also runs embeddings and convolutions; other variants run
+            there with the weight view, which is slower.
         builds_dense: True if ``apply`` builds a matrix of the size of W by nature.
     """
 
