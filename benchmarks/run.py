@@ -20,6 +20,7 @@ PLAN = [
     ["sweeps"],
     ["sweeps", "--width", "768", "--sizes", "32x8", "8x16", "8x128", "4x1024"],
     ["memory"],
+    ["launches"],
     ["layers"],
     ["starts"],
     ["overhead"],

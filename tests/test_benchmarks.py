@@ -13,6 +13,7 @@ RUNS = {
     "steps": [*SMALL, "--rows", "1", "--tokens", "4", "--repeats", "1"],
     "sweeps": [*SMALL, "--sizes", "2x4", "--repeats", "1"],
     "memory": [*SMALL, "--tokens", "256", "--variants", "lora", "--adapters", "1"],
+    "launches": ["--layers", "1", "--variants", "lora"],
     "layers": ["--width", "64", "--vocabulary", "100", "--repeats", "1"],
     "starts": ["--widths", "64", "--repeats", "1"],
     "overhead": ["--sites", "2", "--repeats", "1", "--imports", "1"],

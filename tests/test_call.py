@@ -655,6 +655,7 @@ def test_an_offloaded_model_keeps_its_ties():
         lf.merge(other, lf.init(other, lf.LoRA(r=2, target_modules="embed")))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # hidden by torch, unless an error
 def test_data_parallel_wrappers_are_looked_through():
     model, x = mlp(), torch.randn(3, 4)
     params = adapter(model, r=2)

@@ -191,6 +191,7 @@ def test_compiled_transforms():
         torch.testing.assert_close(compiled[key], expected, msg=key)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # hidden by torch, unless an error
 def test_a_compiled_model_takes_plain_keys():
     model = make("bert")
     batch, params = batch_for(model), adapter(model)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import lora_func as lf
-from lora_func.numerics import add_low_rank, cayley, scale_output, skew
+from lora_func.numerics import add_low_rank, add_scaled, along_rows, cayley, skew
 from lora_func.variants import by_name
 from lora_func.weights import Affine
 from tests.support.cases import CASES, Made, make_layer, scrambled_stack
@@ -24,8 +24,10 @@ def random(g, *shape):
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def plain(x, W, down, up, bottleneck=lambda h: h, gain=1):
-    return F.linear(x, W.weight, W.bias) + gain * (bottleneck(x @ down.mT) @ up.mT)
+def plain(x, W, down, up, middle=None, gain=None, bottleneck=lambda h: h):
+    h = x @ down.mT if middle is None else (x @ down.mT) * along_rows(middle)
+    added = bottleneck(h) @ up.mT
+    return F.linear(x, W.weight, W.bias) + (added if gain is None else along_rows(gain) * added)
 
 
 @given(
@@ -35,26 +37,28 @@ def plain(x, W, down, up, bottleneck=lambda h: h, gain=1):
     bias=st.booleans(),
     stack=st.booleans(),
     steered=st.booleans(),
-    with_gain=st.booleans(),
+    factors=st.sets(st.sampled_from(["middle", "gain"])),
     seed=seeds,
 )
 def test_the_fused_form_has_the_plain_forms_derivatives(
-    rows, d_in, d_out, bias, stack, steered, with_gain, seed
+    rows, d_in, d_out, bias, stack, steered, factors, seed
 ):
     g = torch.Generator().manual_seed(seed)
     front = (2,) if stack else ()
     rows = [2, sum(rows)] if stack else rows
     W = Affine(random(g, d_out, d_in), random(g, d_out) if bias else None)
-    leaves = [random(g, *rows, d_in), random(g, *front, 3, d_in), random(g, *front, d_out, 3)]
+    leaves = {"x": random(g, *rows, d_in), "down": random(g, *front, 3, d_in)}
+    leaves["up"] = random(g, *front, d_out, 3)
+    leaves |= {name: random(g, *front, {"middle": 3, "gain": d_out}[name]) for name in factors}
     options = {"bottleneck": torch.sin} if steered else {}
-    options |= {"gain": random(g, *front, *(1,) * len(front), d_out)} if with_gain else {}
     found = []
     for form in (add_low_rank, plain):
-        x, down, up = (leaf.clone().requires_grad_() for leaf in leaves)
-        y = form(x, W, down, up, **options)
-        first = torch.autograd.grad(y.sin().sum(), (x, down, up), create_graph=True)
-        second = torch.autograd.grad(sum(t.square().sum() for t in first), (x, down, up))
-        found.append((y, *first, *second))
+        own = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+        y = form(W=W, **own, **options)
+        again = torch.autograd.grad(y.sin().sum(), [*own.values()], retain_graph=True)
+        first = torch.autograd.grad(y.sin().sum(), [*own.values()], create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), [*own.values()])
+        found.append((y, *again, *first, *second))
     for ours, expected in zip(*found, strict=True):
         close(ours, expected)
 
@@ -66,16 +70,16 @@ def test_the_fused_form_has_the_plain_forms_derivatives(
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=seeds,
 )
-def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, dtype, seed):
+def test_a_scaled_copy_has_the_plain_forms_derivatives(rows, d, stack, dtype, seed):
     g = torch.Generator().manual_seed(seed)
-    leaves = random(g, 2, rows, d).to(dtype), random(g, *((2, 1, d) if stack else (d,)))
+    leaves = random(g, 2, rows, d).to(dtype), random(g, *((2, d) if stack else (d,)))
     found = []
-    for form in (scale_output, lambda y, gain: y * gain.to(y.dtype)):
-        y, gain = (leaf.clone().requires_grad_() for leaf in leaves)
-        out = form(y, gain)
-        first = torch.autograd.grad(out.sin().sum(), (y, gain), retain_graph=True)
-        again = torch.autograd.grad(out.sin().sum(), (y, gain), create_graph=True)
-        second = torch.autograd.grad(sum(t.square().sum() for t in again), (y, gain))
+    for form in (add_scaled, lambda y, more: y + y * along_rows(more).to(y.dtype)):
+        y, more = (leaf.clone().requires_grad_() for leaf in leaves)
+        out = form(y, more)
+        first = torch.autograd.grad(out.sin().sum(), (y, more), retain_graph=True)
+        again = torch.autograd.grad(out.sin().sum(), (y, more), create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in again), (y, more))
         found.append((out, *first, *again, *second))
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     for ours, expected in zip(*found, strict=True):
@@ -84,9 +88,9 @@ def test_a_gain_has_the_plain_forms_derivatives(rows, d, stack, dtype, seed):
 
 def test_a_gain_more_precise_than_the_output_is_not_rounded_to_its_dtype():
     y, gain = torch.full((2, 3), 1.5, dtype=torch.bfloat16), torch.full((3,), 1 + 3 * 2.0**-9)
-    assert scale_output(y, gain).eq(1.5078125).all()
+    assert add_scaled(y, gain - 1).eq(1.5078125).all()
     assert (y * gain.bfloat16()).eq(1.515625).all()
-    assert torch.equal(scale_output(y, torch.ones(3)), y)
+    assert torch.equal(add_scaled(y, torch.zeros(3)), y)
 
 
 @pytest.mark.parametrize("cfg", [lf.LoRA(r=2), lf.PiSSA(r=2), lf.DeLoRA(r=2)], ids=repr)

@@ -5,7 +5,7 @@ in ``variants``.
 """
 
 from lora_func.numerics._dropout import DROPOUT, dropout, dropout_leaf, dropout_setting
-from lora_func.numerics._entries import add_entries, weight_with_entries
+from lora_func.numerics._entries import add_entries, prepare_entries, weight_with_entries
 from lora_func.numerics._linalg import (
     SINGULAR,
     along_rows,
@@ -23,7 +23,14 @@ from lora_func.numerics._moments import (
     observe_moments,
     principal_components,
 )
-from lora_func.numerics._products import add_low_rank, low_rank_term, scale_output, scaled
+from lora_func.numerics._products import (
+    add_low_rank,
+    add_scaled,
+    is_eager,
+    low_rank_term,
+    scale_output,
+    scaled,
+)
 from lora_func.numerics._rotations import cayley, rotate_blocks, skew
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "Moments",
     "add_entries",
     "add_low_rank",
+    "add_scaled",
     "along_rows",
     "at_least_float32",
     "cayley",
@@ -40,11 +48,13 @@ __all__ = [
     "dropout",
     "dropout_leaf",
     "dropout_setting",
+    "is_eager",
     "kaiming_uniform",
     "low_rank_difference",
     "low_rank_norm",
     "low_rank_term",
     "observe_moments",
+    "prepare_entries",
     "principal_components",
     "rotate_blocks",
     "scale_output",

@@ -1,6 +1,6 @@
 """A sparse change of a weight, with as few dense matrices as possible."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,54 @@ from lora_func.numerics._products import can_fuse
 from lora_func.weights import Affine, Weight, linear
 
 
-def add_entries(x: Tensor, W: Weight, values: Tensor, indices: Tensor) -> Tensor:
+def prepare_entries(
+    values: Tensor, indices: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Bring entries into the form that ``add_entries`` takes.
+
+    Args:
+        values: Shape (sites, nnz), or (sites, K, nnz) of K adapters.
+        indices: Their rows and columns, shape (sites, 2, nnz) or (sites, K, 2, nnz).
+        shape: (d_out, d_in).
+        dtype: The dtype of the activations.
+
+    Returns:
+        values, rows and columns; with one adapter places, in the flattened matrix. With K adapters
+        the entries are sorted by row, indices count the rows and columns of all adapters, and there
+        are the first entry of each row and of each column, and the entries' order by column.
+    """
+    d_out, d_in = shape
+    rows, columns = indices.to(torch.int32).unbind(-2)
+    values = values.to(dtype)
+    if values.ndim == 2:
+        places = torch.add(columns, rows.long(), alpha=d_in)
+        return {"values": values, "rows": rows, "columns": columns, "places": places}
+    adapters = values.shape[1]
+    adapter = torch.arange(adapters, dtype=torch.int32, device=values.device)[:, None]
+    rows, by_row = torch.add(rows, adapter, alpha=d_out).flatten(1).sort()
+    columns = torch.add(columns, adapter, alpha=d_in).flatten(1).gather(-1, by_row)
+    ascending, order = columns.sort()
+    found = {
+        "values": values.flatten(1).gather(-1, by_row),
+        "rows": rows,
+        "columns": columns,
+        "starts": _starts(rows, adapters * d_out),
+        "order": order,
+        "rows_by_column": rows.gather(-1, order),
+        "column_starts": _starts(ascending, adapters * d_in),
+    }
+    shape = (len(values), adapters, -1)
+    return {name: tensor.view(shape) for name, tensor in found.items()}
+
+
+def _starts(ascending: Tensor, size: int) -> Tensor:
+    """The first place of each number from 0 to size - 1 in ascending numbers."""
+    numbers = torch.arange(size, dtype=torch.int32, device=ascending.device)
+    numbers = numbers.repeat(*ascending.shape[:-1], 1)
+    return torch.searchsorted(ascending, numbers, out_int32=True)
+
+
+def add_entries(x: Tensor, W: Weight, entries: Mapping[str, Tensor]) -> Tensor:
     """Compute ``x Wᵀ + b + x Dᵀ`` in the dtype of x, where D has only a few entries.
 
     If ``can_fuse`` allows it, no matrix of the size of W is kept for the backward pass, the
@@ -21,25 +68,31 @@ def add_entries(x: Tensor, W: Weight, values: Tensor, indices: Tensor) -> Tensor
     Args:
         x: Shape (..., d_in); (K, n, d_in) if the entries have an axis of adapters in front.
         W: The frozen weight, or the weight with its bias.
-        values: The entries, shape (nnz,) or (K, nnz).
-        indices: Their rows and columns, shape (2, nnz) or (K, 2, nnz).
+        entries: What ``prepare_entries`` gives, for one site.
 
     Returns:
         Shape (..., d_out).
     """
     weight: Any
     weight, bias = (W.weight, W.bias) if isinstance(W, Affine) else (W, None)
+    values = entries["values"].to(x.dtype)
     if x.numel() and can_fuse(x, weight, bias):
-        y: Tensor = _AddEntries.apply(x, weight, bias, values, indices)  # type: ignore[no-untyped-call]
+        y: Tensor = _AddEntries.apply(x, weight, bias, values, entries)  # type: ignore[no-untyped-call]
         return y
-    if values.ndim == 1 and isinstance(weight, Tensor) and _is_exact(values, weight):
-        return linear(x, Affine(weight_with_entries(weight, values, indices), bias))
-    return linear(x, W) + x @ _matrix(values.to(x.dtype), indices, W.shape).mT
+    if values.ndim == 1 and isinstance(weight, Tensor) and _is_exact(weight):
+        return linear(x, Affine(_added(weight, values, entries), bias))
+    return linear(x, W) + x @ _matrix(values, entries, W.shape).mT
 
 
-def _is_exact(values: Tensor, weight: Tensor) -> bool:
+def _is_exact(weight: Tensor) -> bool:
     """Whether ``W + D`` keeps the precision of D."""
-    return torch.promote_types(values.dtype, weight.dtype) == weight.dtype
+    return weight.dtype.itemsize >= 4
+
+
+def _added(weight: Tensor, values: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
+    """``W + D``."""
+    flat = weight.reshape(-1).scatter_add(0, entries["places"], values.to(weight.dtype))
+    return flat.view(weight.shape)
 
 
 def weight_with_entries(W: Tensor, values: Tensor, indices: Tensor) -> Tensor:
@@ -57,55 +110,75 @@ def weight_with_entries(W: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     return W.index_put((rows, columns), values.to(W.dtype), accumulate=True)
 
 
-def _matrix(values: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor:
+def _matrix(values: Tensor, entries: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """D, shape (..., d_out, d_in), in the dtype of the values (..., nnz)."""
     zeros = values.new_zeros(*values.shape[:-1], shape[0] * shape[1])
-    D = zeros.scatter(-1, _places(indices, shape), values)
+    D = zeros.scatter(-1, _places(entries, shape), values)
     return D.view(*values.shape[:-1], *shape)
 
 
-def _places(indices: Tensor, shape: Sequence[int]) -> Tensor:
-    rows, columns = indices.long().unbind(-2)
-    return rows * shape[1] + columns
+def _places(entries: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    if "places" in entries:
+        return entries["places"]
+    return entries["rows"] % shape[0] * shape[1] + (entries["columns"] % shape[1]).long()
 
 
 class _AddEntries(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        entries: Mapping[str, Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, values, indices)
-        y = _product(x, weight, bias, values, indices)
+        ctx.save_for_backward(x, weight, values)
+        ctx.entries = entries
+        rows = x.flatten(0, -2)
+        if values.ndim > 1:
+            y = _sums(values, entries["columns"], entries["starts"], _features(x, values))
+            y = _add_sums(F.linear(rows, weight, bias), y)
+        elif _is_exact(weight):
+            y = F.linear(rows, _added(weight, values, entries), bias)
+        else:
+            D = _matrix(values, entries, weight.shape)
+            y = F.linear(rows, weight, bias).addmm_(rows, D.mT)
         return reshape_unsafe(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, values, indices = ctx.saved_tensors
+        (x, weight, values), entries = ctx.saved_tensors, ctx.entries
         if torch.is_grad_enabled():
-            return _twice_differentiable(of_y, x, weight, values, indices)
+            return _twice_differentiable(of_y, x, weight, values, entries)
         of_x = of_values = None
+        gradient = _features(of_y, values)
         if ctx.needs_input_grad[3]:
-            rows, columns = _block_diagonal(indices, weight.shape)
             # the kernel of CUDA has no bfloat16
             dtype = torch.promote_types(of_y.dtype, torch.float32) if of_y.is_cuda else of_y.dtype
-            gradient, inputs = (_features(t, values).to(dtype) for t in (of_y, x))
-            of_values = gradient_of_entries(gradient, inputs, rows, columns)
+            rows, columns = entries["rows"].flatten(), entries["columns"].flatten()
+            inputs = _features(x, values).to(dtype)
+            of_values = gradient_of_entries(gradient.to(dtype), inputs, rows, columns)
             of_values = of_values.view(values.shape).to(values.dtype)
         if ctx.needs_input_grad[0]:
-            of_x = _product(of_y, weight.mT, None, values, indices.flip(-2)).view(x.shape)
+            of_x = _of_input(of_y.flatten(0, -2), weight, values, entries, gradient).view(x.shape)
         return of_x, None, None, of_values, None
 
 
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor
+def _of_input(
+    of_y: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    entries: Mapping[str, Tensor],
+    gradient: Tensor,
 ) -> Tensor:
-    rows = x.flatten(0, -2)
-    if values.ndim == 1 and _is_exact(values, weight):
-        return F.linear(rows, weight_with_entries(weight, values, indices), bias)
-    y, values = F.linear(rows, weight, bias), values.to(weight.dtype)
-    if values.ndim == 1:
-        return y.addmm_(rows, _matrix(values, indices, weight.shape).mT)
-    return _add_sums(y, _block_diagonal(indices, weight.shape), values, _features(x, values))
+    if values.ndim > 1:
+        by_column = values.flatten().index_select(0, entries["order"].flatten())
+        sums = _sums(by_column, entries["rows_by_column"], entries["column_starts"], gradient)
+        return _add_sums(of_y @ weight, sums)
+    if _is_exact(weight):
+        return of_y @ _added(weight, values, entries)
+    return (of_y @ weight).addmm_(of_y, _matrix(values, entries, weight.shape))
 
 
 def _features(x: Tensor, values: Tensor) -> Tensor:
@@ -114,34 +187,26 @@ def _features(x: Tensor, values: Tensor) -> Tensor:
     return x.reshape(adapters, -1, x.shape[-1]).mT.flatten(0, 1).contiguous()
 
 
-def _block_diagonal(indices: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows and columns, shape (2, K nnz), of a matrix with all adapters' D on its diagonal."""
-    indices = indices.long()
-    if indices.ndim == 2:
-        return indices.contiguous()
-    adapters = torch.arange(len(indices), device=indices.device)
-    corners = torch.outer(adapters, torch.tensor(shape, device=indices.device))
-    return (indices + corners[..., None]).transpose(0, 1).flatten(1).contiguous()
-
-
-def _add_sums(y: Tensor, indices: Tensor, values: Tensor, features: Tensor) -> Tensor:
-    """Add the products of entries with features (K d_in, n) to activations (K n, d)."""
-    order = indices[0].argsort()
-    rows, columns = indices[:, order]
-    adapters, n = len(values), features.shape[-1]
-    first = torch.searchsorted(rows, torch.arange(adapters * y.shape[-1], device=rows.device))
+def _sums(values: Tensor, places: Tensor, starts: Tensor, features: Tensor) -> Tensor:
+    """Add up entries times features, one sum for each start, shape (K, d, n)."""
+    weights = values.flatten()
     sums = F.embedding_bag(
-        columns, features, first, mode="sum", per_sample_weights=values.flatten()[order]
+        places.flatten(), features, starts.flatten(), mode="sum", per_sample_weights=weights
     )
-    y.view(adapters, n, -1).add_(sums.view(adapters, -1, n).mT)
+    return sums.view(*starts.shape, -1)
+
+
+def _add_sums(y: Tensor, sums: Tensor) -> Tensor:
+    """Add sums (K, d, n) to activations (K n, d)."""
+    y.view(len(sums), -1, y.shape[-1]).add_(sums.mT)
     return y
 
 
 def _twice_differentiable(
-    of_y: Tensor, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor
+    of_y: Tensor, x: Tensor, weight: Tensor, values: Tensor, entries: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, ...]:
     adapters = values.shape[:-1]
-    of_x = of_y @ weight + of_y @ _matrix(values.to(x.dtype), indices, weight.shape)
+    of_x = of_y @ weight + of_y @ _matrix(values, entries, weight.shape)
     of_D = of_y.reshape(*adapters, -1, len(weight)).mT @ x.reshape(*adapters, -1, x.shape[-1])
-    of_values = of_D.flatten(-2).gather(-1, _places(indices, weight.shape))
-    return of_x, None, None, of_values.to(values.dtype), None
+    of_values = of_D.flatten(-2).gather(-1, _places(entries, weight.shape))
+    return of_x, None, None, of_values, None

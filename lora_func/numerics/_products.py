@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_func.compat import autocasts, reshape_unsafe, transformed
 from lora_func.numerics._dropout import dropout
+from lora_func.numerics._linalg import along_rows
 from lora_func.weights import Affine, Weight, linear
 
 
@@ -17,12 +18,12 @@ def add_low_rank(
     W: Weight,
     down: Tensor,
     up: Tensor,
-    bottleneck: Callable[[Tensor], Tensor] | None = None,
+    middle: Tensor | None = None,
     gain: Tensor | None = None,
-    scale: Tensor | None = None,
     rate: Tensor | None = None,
+    bottleneck: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Compute ``x Wᵀ + b + gain * scale * (bottleneck(x downᵀ) upᵀ)`` in the dtype of x.
+    """Compute ``x Wᵀ + b + gain * (bottleneck(middle * x downᵀ) upᵀ)`` in the dtype of x.
 
     If ``can_fuse`` allows it, the second product is added to the memory of the first, and so are
     their gradients with respect to x.
@@ -32,33 +33,33 @@ def add_low_rank(
         W: The frozen weight, or the weight with its bias.
         down: Shape (r, d_in), or (K, r, d_in).
         up: Shape (d_out, r), or (K, d_out, r).
-        bottleneck: A function of ``x downᵀ``, (..., r) -> (..., r); None for the identity.
-        gain: A factor for each output of the second product, shape (d_out,) or (K, 1, d_out).
-        scale: A factor of the second product, shape () or (K,).
+        middle: A factor for each output of ``x downᵀ``, shape (r,) or (K, r); None for none.
+        gain: A factor for each output of the second product, shape (d_out,) or (K, d_out).
         rate: The probability of dropout in the second product's x, shape () or (K,); None for none.
+        bottleneck: A function of what stands between the factors, (..., r) -> (..., r).
 
     Returns:
         Shape (..., d_out).
     """
-    if x.dtype.itemsize < 4:  # on half-precision activations the scale could overflow
-        up, scale = scaled(up, scale), None
-    down, up = down.to(x.dtype), up.to(x.dtype)
+    if down.dtype != x.dtype or up.dtype != x.dtype:
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    middle = None if middle is None else along_rows(middle).to(x.dtype)
     weight: Any
     weight, bias = (W.weight, W.bias) if isinstance(W, Affine) else (W, None)
     fuses = can_fuse(x, weight, bias)
-    if fuses and bottleneck is None and gain is None and rate is None:
-        fused: Tensor = _AddLowRank.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
+    if fuses and bottleneck is None and rate is None:
+        gain = None if gain is None else along_rows(gain).to(x.dtype)
+        fused: Tensor = _AddLowRank.apply(x, weight, bias, down, up, middle, gain)  # type: ignore[no-untyped-call]
         return fused
-    up = scaled(up, scale)
     rows = _rows(x, down) if fuses else x
     y, h = linear(rows, W), torch.matmul(dropout(rows, rate), down.mT)
+    h = h if middle is None else h * middle.to(h.dtype)
     h = h if bottleneck is None else bottleneck(h).to(h.dtype)
-    gain = None if gain is None else gain.to(y.dtype)
-    if not fuses:
-        added = h @ up.mT
-        return y + added if gain is None else torch.addcmul(y, added, gain)
-    y = _add(y, h, up) if gain is None else y.addcmul_(h @ up.mT, gain)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    if gain is not None:
+        y = torch.addcmul(y, h @ up.mT, along_rows(gain).to(y.dtype))
+    else:
+        y = _add(y, h, up) if fuses else y + h @ up.mT
+    return y.view(*x.shape[:-1], y.shape[-1]) if fuses else y
 
 
 def low_rank_term(x: Any, down: Tensor, up: Tensor) -> Tensor:
@@ -91,26 +92,38 @@ def _add(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
     return y.addmm_(h, up.mT) if up.ndim == 2 else y.baddbmm_(h, up.mT)
 
 
-def scale_output(y: Tensor, gain: Tensor) -> Tensor:
-    """Compute ``gain * y`` with the precision of the gain; a gain of 1 gives exactly y.
+def scale_output(y: Tensor, gain: Tensor, more: Tensor | None) -> Tensor:
+    """Compute ``gain * y``; a gain of 1 gives exactly y.
 
     Args:
         y: Shape (..., d).
-        gain: Shape (d,) or (K, 1, d).
+        gain: Shape (d,), or (K, d) of K adapters.
+        more: ``gain - 1`` in the dtype of y, if the gain has another dtype.
 
     Returns:
         The shape and dtype of y.
     """
-    if gain.dtype == y.dtype:
-        return y * gain
-    more = (gain - 1).to(y.dtype)
-    if not _is_eager(y):
-        return torch.addcmul(y, more, y)
-    fused: Tensor = _ScaleOutput.apply(y, more)  # type: ignore[no-untyped-call]
+    return y * along_rows(gain) if more is None else add_scaled(y, more)
+
+
+def add_scaled(y: Tensor, more: Tensor) -> Tensor:
+    """Compute ``y + more * y``, that is y with a gain of ``1 + more``; 0 gives exactly y.
+
+    Args:
+        y: Shape (..., d).
+        more: Shape (d,), or (K, d) of K adapters.
+
+    Returns:
+        The shape and dtype of y.
+    """
+    more = along_rows(more)
+    if not is_eager(y):
+        return torch.addcmul(y, more.to(y.dtype), y)
+    fused: Tensor = _AddScaled.apply(y, more)  # type: ignore[no-untyped-call]
     return fused
 
 
-def _is_eager(x: Tensor) -> bool:
+def is_eager(x: Any) -> bool:
     """Whether only autograd records this: no compiler, no transform, no autocast, no subclass."""
     return (
         not torch.compiler.is_compiling()
@@ -135,7 +148,7 @@ def can_fuse(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
         Whether the fused path is allowed.
     """
     return (
-        _is_eager(x)
+        is_eager(x)
         and type(weight) in _PLAIN
         and x.ndim > 1
         and x.is_contiguous()
@@ -148,23 +161,31 @@ def can_fuse(x: Tensor, weight: Any, bias: Tensor | None) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class _ScaleOutput(torch.autograd.Function):
+class _AddScaled(torch.autograd.Function):
     """``y + more * y`` with a single tensor as the gradient of y, in place of a sum of two."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, more: Tensor) -> Tensor:
-        ctx.save_for_backward(y, more)
-        return torch.addcmul(y, more, y)
+        factor = more.to(y.dtype)
+        ctx.save_for_backward(y, more, factor)
+        return torch.addcmul(y, factor, y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        y, more = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return torch.addcmul(gradient, more, gradient), (gradient * y).sum_to_size(more.shape)
+        y, more, factor = ctx.saved_tensors
         product = gradient * y
-        # with a single row the sum is the product itself, which is overwritten below
-        of_more = product.sum_to_size(more.shape).clone()
-        return torch.addcmul(gradient, more, gradient, out=product), of_more
+        of_more = _over_rows(product, more)
+        if torch.is_grad_enabled():
+            return torch.addcmul(gradient, more.to(y.dtype), gradient), of_more
+        return torch.addcmul(gradient, factor, gradient, out=product), of_more
+
+
+def _over_rows(product: Tensor, factor: Tensor) -> Tensor:
+    """Sum products (..., d) for the gradient of a factor, shape (d,) or (K, 1, d)."""
+    if product.ndim == 1:
+        return product.to(factor.dtype, copy=True)
+    axes = (1,) if factor.ndim == 3 else (*range(product.ndim - 1),)
+    return product.sum(axes, keepdim=factor.ndim == 3, dtype=factor.dtype)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -176,30 +197,54 @@ class _AddLowRank(torch.autograd.Function):
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
-        scale: Tensor | None,
+        middle: Tensor | None,
+        gain: Tensor | None,
     ) -> Tensor:
-        rows = _rows(x, down)
-        h = scaled(down @ rows.mT, scale)
-        ctx.save_for_backward(x, weight, down, up, scale, h)
+        rows, added = _rows(x, down), None
+        h = _product(rows, down, middle)
+        inner = _times(h, middle)
         y = F.linear(x.flatten(0, -2), weight, bias)
-        _add(y.view(*rows.shape[:-1], len(weight)), h.mT, up)
+        together = y.view(*rows.shape[:-1], len(weight))
+        if gain is None:
+            _add(together, inner, up)
+        else:
+            added = inner @ up.mT
+            together.addcmul_(added, gain)
+        ctx.save_for_backward(x, weight, down, up, middle, gain, h, added)
         return reshape_unsafe(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, scale, h = ctx.saved_tensors
+        x, weight, down, up, middle, gain, h, added = ctx.saved_tensors
         rows = _rows(x, down)
-        of_x = of_down = of_up = None
+        of_x = of_down = of_up = of_middle = of_gain = None
         of_y = of_y.reshape(*rows.shape[:-1], len(weight))
-        of_h = scaled(up.mT @ of_y.mT, scale)
-        if ctx.needs_input_grad[4]:
-            # the saved h has no derivative: double backward computes it again
-            h = scaled(down @ rows.mT, scale) if torch.is_grad_enabled() else h
-            of_up = (h @ of_y).mT
-        if ctx.needs_input_grad[3]:
-            of_down = of_h @ rows
-        if ctx.needs_input_grad[0]:
-            of_x = of_h.mT @ down
+        needs_x, _, _, needs_down, needs_up, needs_middle, needs_gain = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # what was saved on the way has no derivative
+            h = _product(rows, down, middle)
+            added = None if gain is None else _times(h, middle) @ up.mT
+        if needs_gain:
+            of_gain = _over_rows(of_y * added, gain)
+        of_added = of_y if gain is None else of_y * gain
+        of_inner = _product(of_added, up.mT, middle)
+        if needs_up:
+            of_up = (_times(h, middle).mT @ of_added).mT
+        if needs_middle:
+            of_middle = _over_rows(of_inner * h, middle)
+        of_h = _times(of_inner, middle)
+        if needs_down:
+            of_down = of_h.mT @ rows
+        if needs_x:
+            of_x = of_h @ down
             of_x.flatten(0, -2).addmm_(of_y.flatten(0, -2), weight)
             of_x = of_x.view(x.shape)
-        return of_x, None, None, of_down, of_up, None
+        return of_x, None, None, of_down, of_up, of_middle, of_gain
+
+
+def _product(rows: Tensor, factor: Tensor, middle: Tensor | None) -> Tensor:
+    """``rows factorᵀ``; with few columns it is faster in the memory of its transpose."""
+    return (factor @ rows.mT).mT if middle is None else rows @ factor.mT
+
+
+def _times(h: Tensor, middle: Tensor | None) -> Tensor:
+    return h if middle is None else h * middle

@@ -10,6 +10,7 @@ from lora_func.runtime._call import adapted, call, fcall
 from lora_func.runtime._checks import check_single, check_unattached, stack_size
 from lora_func.runtime._injection import injection
 from lora_func.runtime._layout import ModelLayout, devices_of, layout_of, present, remember
+from lora_func.runtime._leaves import leaves_of
 from lora_func.runtime._losses import Rows
 from lora_func.runtime._overrides import ForwardOverride, check_used, override_forward
 from lora_func.runtime._patches import Patch, patched
@@ -17,7 +18,6 @@ from lora_func.runtime._replacements import Replacement, replacements
 from lora_func.runtime._running import check_idle, eval_patches, skeleton
 from lora_func.runtime._settings import has_fast_path, settings_now
 from lora_func.runtime._site import Site
-from lora_func.runtime._sites import leaves_of
 from lora_func.runtime._trees import PLAIN, PerAdapter, joined, stacked, tensors_of, unstacked
 from lora_func.runtime._views import (
     adapted_bias,

@@ -16,6 +16,7 @@ from lora_func.runtime._base import PartOfCall, detached, tracker_of, trainable_
 from lora_func.runtime._checkpoint import intercepted_checkpoints
 from lora_func.runtime._checks import check_single_axes, check_transformable, check_unattached
 from lora_func.runtime._layout import ModelLayout, layout_of, present
+from lora_func.runtime._leaves import AdapterLeaves, leaves_for_call
 from lora_func.runtime._losses import LossPerAdapter, Rows
 from lora_func.runtime._notes import noted
 from lora_func.runtime._overrides import CallState, ForwardOverride, override_forward
@@ -41,6 +42,8 @@ class Injection:
         model: The model, as the caller gave it.
         layouts: The layout of each adapter.
         adapters: One adapter for all rows; with ``rows`` stacks of adapters.
+        leaves: The leaves of each adapter, which a repetition without other tensors shares.
+        prepares: Whether the leaves were prepared before the model runs.
         rows: Which rows belong to which adapter; None for one adapter.
         unused: For each adapter, the keys that nothing has used yet; None while compiling.
         detaches: True if base parameters get no gradient.
@@ -55,6 +58,8 @@ class Injection:
     model: nn.Module
     layouts: tuple[ModelLayout, ...]
     adapters: tuple[Mapping[str, Tensor], ...]
+    leaves: tuple[AdapterLeaves, ...]
+    prepares: bool
     rows: Rows | None
     unused: tuple[set[str] | None, ...]
     detaches: bool
@@ -101,7 +106,8 @@ class Injection:
             replaced = self.replaced and replaced_for_call(
                 inner_model(self.model), self.layouts[0], adapters[0]
             )
-            again = replace(self, adapters=adapters, replaced=replaced)
+            leaves = leaves_for_call(self.model, self.layouts, adapters, self.prepares, self.rows)
+            again = replace(self, adapters=adapters, replaced=replaced, leaves=leaves)
         with again.inside():
             part = PartOfCall(self.model, function)
             frozen = {f"model.{name}": detached(one) for name, one in self.frozen.items()}
@@ -111,7 +117,7 @@ class Injection:
     def inside(self) -> Iterator[None]:
         """Inject the adapter; afterwards the model is what it was, whatever happened."""
         compiling, again = torch.compiler.is_compiling(), is_active(self.origin)
-        call = CallState(self.unused[0], self.adapters, None if compiling else self.losses)
+        call = CallState(self.unused[0], None if compiling else self.losses)
         patches = self._compiled_patches(call) if compiling else self._patches(call)
         try:
             with (
@@ -164,10 +170,11 @@ class Injection:
         yield from self._single(call) if rows is None else self._stacked(rows, call)
 
     def _single(self, call: CallState) -> Iterator[Patch]:
+        (leaves,) = self.leaves
         for sites in self.layouts[0].acting:
             module = sites[0].reference()
             assert module is not None
-            yield override_forward(module, sites[0].path, SingleForward, sites, call)
+            yield override_forward(module, sites[0].path, SingleForward, sites, leaves, call)
 
     def _stacked(self, rows: Rows, call: CallState) -> Iterator[Patch]:
         found: dict[nn.Module, list[Sequence[Site]]] = {}
@@ -177,7 +184,7 @@ class Injection:
                 found.setdefault(sites[0].module, nowhere)[i] = sites
         for module, of_all in found.items():
             path = ", ".join({site.path: None for sites in of_all for site in sites})
-            parts = [*map(Part, rows.sizes, of_all, self.adapters, self.unused)]
+            parts = [*map(Part, rows.sizes, of_all, self.leaves, self.unused)]
             yield override_forward(module, path, StackedForward, rows, parts, call)
 
 
@@ -187,6 +194,7 @@ def injection(
     rows: Rows | None = None,
     *,
     detaches: bool = True,
+    prepares: bool = False,
     origin: object = None,
 ) -> Injection:
     """Prepare an injection.
@@ -196,6 +204,8 @@ def injection(
         adapters: One adapter for all rows; with ``rows`` stacks of adapters.
         rows: Which rows belong to which adapter.
         detaches: Whether base parameters that require grad get no gradient.
+        prepares: Whether leaves are prepared now, for one call; later changes of them, or a site
+            that does not run, are then not allowed for.
         origin: The call that this is a part of, if it is.
 
     Returns:
@@ -234,5 +244,6 @@ def injection(
         tracked = set() if compiling else {id(module) for module in modules}
         frozen = trainable_parameters(model, tracked, replaced)
     losses = None if rows is None else LossPerAdapter(rows)
+    leaves = leaves_for_call(model, layouts, adapters, prepares, rows)
     state = (unused, detaches, frozen, replaced, settings, losses, origin)
-    return Injection(model, layouts, adapters, rows, *state)
+    return Injection(model, layouts, adapters, leaves, prepares, rows, *state)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from lora_func.compat import convolve
 from lora_func.numerics import dropout
+from lora_func.runtime._leaves import SiteLeaves
 from lora_func.runtime._site import Site
 from lora_func.weights import Affine
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,18 +60,8 @@ def _product(x: Operand, M: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.product(M, bias)
 
 
-def runs_by_products(site: Site, module: nn.Module) -> bool:
-    """True for ``nn.Embedding`` and ungrouped ``nn.Conv``, under a ``products_only`` variant."""
-    if site.parameter != "weight" or not site.variant.products_only:
-        return False
-    if type(module) is nn.Embedding:
-        return module.max_norm is None and not module.scale_grad_by_freq
-    plain = type(module) in _CONVOLUTIONS and "_conv_forward" not in vars(module)
-    return plain and getattr(module, "groups", 1) == 1
-
-
 def run_by_products(
-    site: Site, module: nn.Module, own: Mapping[str, Any], leaves: Mapping[str, Tensor], x: Tensor
+    site: Site, module: nn.Module, own: Mapping[str, Any], leaves: SiteLeaves, x: Tensor
 ) -> Tensor:
     """Run an embedding or a convolution with its adapter.
 
@@ -96,7 +85,7 @@ def run_by_products(
 def lookup(
     site: Site,
     own: Mapping[str, Any],
-    leaves: Mapping[str, Tensor],
+    leaves: SiteLeaves,
     ids: Tensor,
     weight: object,
     padding_idx: int | None = None,
@@ -129,14 +118,14 @@ def lookup(
     rows: Any = Operand(
         n, table.dtype, lambda M, _: F.embedding(ids, M.mT, padding_idx), lambda rate: rows
     )
-    y = site.variant.apply(Affine(table.mT), leaves, rows)
+    y = site.variant.apply(Affine(table.mT), leaves.suited(rows), rows)
     if padding_idx is None:
         return y
     return torch.where((ids == padding_idx % n)[..., None], y.detach(), y)
 
 
 def _convolution(
-    site: Site, module: Any, own: Mapping[str, Any], leaves: Mapping[str, Tensor], image: Tensor
+    site: Site, module: Any, own: Mapping[str, Any], leaves: SiteLeaves, image: Tensor
 ) -> Tensor:
     frozen, bias = own["weight"], own["bias"]
     channels, W = 1 - frozen.ndim, frozen.flatten(1)
@@ -149,5 +138,5 @@ def _convolution(
         return Operand(W.shape[1], image.dtype, product, lambda rate: patches(dropout(image, rate)))
 
     x: Any = patches(image)
-    y = site.variant.apply(Affine(W, bias), leaves, x)
+    y = site.variant.apply(Affine(W, bias), leaves.suited(x), x)
     return y.movedim(-1, channels)

@@ -1,6 +1,6 @@
 """What a module runs in place of its own forward while an adapter is injected."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeAlias
@@ -43,7 +43,6 @@ class CallState:
 
     Attributes:
         unused: The keys of the first adapter that nothing has used yet; None while compiling.
-        adapters: One adapter, or stacks of adapters.
         losses: The mode that splits losses by adapter, if several adapters share the call; an
             adapted module computes no loss.
         live: False after the call: an override that a shallow copy has kept then runs the
@@ -51,7 +50,6 @@ class CallState:
     """
 
     unused: set[str] | None
-    adapters: Sequence[Mapping[str, Tensor]]
     losses: LossPerAdapter | None
     live: bool = True
 

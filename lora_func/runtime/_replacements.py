@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lora_func.modules import shared_parameters
 from lora_func.runtime._layout import ModelLayout
+from lora_func.runtime._leaves import leaves_of
 from lora_func.runtime._site import Site
-from lora_func.runtime._sites import leaves_of
 from lora_func.runtime._views import check_no_dropout, dense_parameters, effective_parameters
 
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from lora_func.compat import tree_flatten, tree_unflatten
 from lora_func.errors import FoldError
+from lora_func.runtime._leaves import AdapterLeaves
 from lora_func.runtime._losses import PausedMode, Rows
 from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
-from lora_func.runtime._site import Site
-from lora_func.runtime._sites import adapter_names, leaves_of, run_base, run_sites, runs_apply
+from lora_func.runtime._site import Site, runs_apply
+from lora_func.runtime._sites import adapter_names, run_apply, run_base, run_sites
 from lora_func.runtime._trees import joined, tensors_of
-from lora_func.weights import affine, mixes_rows
+from lora_func.weights import mixes_rows
 
 
 class Part(NamedTuple):
@@ -23,13 +24,13 @@ class Part(NamedTuple):
     Attributes:
         size: The number of its adapters.
         sites: Its sites there; empty if it leaves the module unchanged.
-        params: The stack; leaves (size, ...).
+        leaves: The leaves of the stack; tensors (size, ...).
         unused: The keys of the stack that nothing has used.
     """
 
     size: int
     sites: Sequence[Site]
-    params: Mapping[str, Tensor]
+    leaves: AdapterLeaves
     unused: set[str] | None
 
 
@@ -134,29 +135,32 @@ def _run_part(
     if not part.sites and not mixed:
         args, kwargs = tree_unflatten(values, layout)
         return run_base(module, base, *args, **kwargs)
-    params = {key: part.params[key] for site in part.sites for key in site.keys.values()}
     if part.unused is not None:
         part.unused.difference_update(*(site.known for site in part.sites))
 
-    def one(params: Mapping[str, Tensor], *values: Any) -> Any:
-        args, kwargs = tree_unflatten([*values], layout)
+    def one(leaves: Sequence[Mapping[str, Tensor]], x: Tensor) -> Any:
         if not part.sites:
-            return run_base(module, base, *args, **kwargs)
-        leaves = [leaves_of(site, params) for site in part.sites]
-        return run_sites(part.sites, module, leaves, base, *args, **kwargs)
+            return run_base(module, base, x)
+        return run_apply(part.sites, module, leaves, x)
 
     if not part.sites or runs_apply(part.sites, module):
         (x,) = values
         if x.ndim > 1 and part.sites and _takes_stack(part, module):
             return _run_stack(part, module, x)
-        y = torch.vmap(one, randomness="different")(params, x.unflatten(0, (part.size, share)))
+        leaves, rows = (
+            [own.raw for own in part.leaves.at(part.sites)],
+            x.unflatten(0, (part.size, share)),
+        )
+        y = torch.vmap(one, randomness="different")(leaves, rows)
         assert isinstance(y, Tensor)
         return y.flatten(0, 1)
+    each = [own.unstacked() for own in part.leaves.at(part.sites)]
     outputs = []
-    for k in range(part.size):
-        rows = slice(k * share, (k + 1) * share)
-        mine = [v[rows] if isinstance(v, Tensor) and v.ndim else v for v in values]
-        outputs.append(one({key: stack[k] for key, stack in params.items()}, *mine))
+    for k, leaves_of_k in enumerate(zip(*each, strict=True)):
+        of_k = slice(k * share, (k + 1) * share)
+        mine = [v[of_k] if isinstance(v, Tensor) and v.ndim else v for v in values]
+        args, kwargs = tree_unflatten(mine, layout)
+        outputs.append(run_sites(part.sites, module, leaves_of_k, base, *args, **kwargs))
     return _joined(outputs)
 
 
@@ -172,7 +176,8 @@ def _run_stack(part: Part, module: nn.Module, x: Tensor) -> Tensor:
     if part.unused:
         part.unused.difference_update(site.known)
     rows = x.reshape(part.size, -1 if x.numel() else 0, x.shape[-1])
-    y = site.variant.apply(affine(module, site.path), leaves_of(site, part.params), rows)
+    (leaves,) = part.leaves.at(part.sites)
+    y = run_apply(part.sites, module, [leaves.suited(x)], rows)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -1,6 +1,6 @@
 """One adapted module or parameter, as the keys of an adapter name it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from weakref import ref
 
@@ -14,11 +14,14 @@ from lora_func.weights import (
     check_not_computed,
     has_matrix,
     is_linear,
+    is_quantised,
     is_stack,
     matrix,
 )
 
 Reference = Callable[[], nn.Module | None]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,6 +51,11 @@ class Site:
     variant: Variant
     keys: dict[str, str]
     known: tuple[str, ...]
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What tells it from the other sites of an adapter: its path and its variant's name."""
+        return self.path, self.variant.name
 
     @property
     def changed_names(self) -> set[str]:
@@ -160,3 +168,25 @@ def check_claims(site: Site, others: Iterable[Site]) -> None:
                 f"{site.path}: adapted twice, by {other.variant.name} at {other.path!r} and by "
                 f"{site.variant.name}, in {sorted(both)}; a parameter takes one variant"
             )
+
+
+def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
+    """True if the variant's ``apply`` replaces the module's forward."""
+    if len(sites) == 1:
+        (site,) = sites
+        if site.variant.parameters is None:
+            return site.parameter is None
+        return type(module) is nn.Linear or is_quantised(module)
+    # beside a variant that leaves the bias as it is, the bias may be trained itself
+    kinds = [site.variant.parameters is None for site in sites if site.parameter is None]
+    return sorted(kinds) == [False, True] and len(sites) == 2 and is_linear(module)
+
+
+def runs_by_products(site: Site, module: nn.Module) -> bool:
+    """True for ``nn.Embedding`` and ungrouped ``nn.Conv``, under a ``products_only`` variant."""
+    if site.parameter != "weight" or not site.variant.products_only:
+        return False
+    if type(module) is nn.Embedding:
+        return module.max_norm is None and not module.scale_grad_by_freq
+    plain = type(module) in _CONVOLUTIONS and "_conv_forward" not in vars(module)
+    return plain and getattr(module, "groups", 1) == 1

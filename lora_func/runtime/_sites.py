@@ -10,42 +10,19 @@ from torch import Tensor, nn
 
 from lora_func.compat import PARAMETERS
 from lora_func.modules import inner_parameters
-from lora_func.numerics import DROPOUT
-from lora_func.runtime._operands import lookup, run_by_products, runs_by_products
+from lora_func.runtime._leaves import AdapterLeaves, SiteLeaves
+from lora_func.runtime._operands import lookup, run_by_products
 from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._patches import patched
-from lora_func.runtime._site import Site
+from lora_func.runtime._site import Site, runs_apply, runs_by_products
 from lora_func.runtime._views import check_no_dropout, dense_parameters, effective_parameters
-from lora_func.weights import (
-    affine,
-    is_linear,
-    is_quantised,
-)
-
-
-def leaves_of(site: Site, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the leaves of a site, with its constants detached.
-
-    Args:
-        site: The site.
-        params: The adapter.
-
-    Returns:
-        The leaves by name, with dropout only if the module is in training mode.
-    """
-    leaves = {leaf: params[key] for leaf, key in site.keys.items()}
-    for leaf in leaves:
-        if leaf[0] == "_":
-            leaves[leaf] = leaves[leaf].detach()
-    if DROPOUT in leaves and not site.module.training:
-        del leaves[DROPOUT]
-    return leaves
+from lora_func.weights import affine, is_quantised
 
 
 def run_sites(
     sites: Sequence[Site],
     module: nn.Module,
-    leaves: Sequence[Mapping[str, Tensor]],
+    leaves: Sequence[SiteLeaves],
     base: Forward,
     *args: Any,
     **kwargs: Any,
@@ -64,33 +41,49 @@ def run_sites(
         What the adapted module returns.
     """
     if runs_apply(sites, module):
-        (x,), W = (*args, *kwargs.values()), affine(module, sites[0].path)
-        if len(sites) == 1:
-            return sites[0].variant.apply(W, leaves[0], x)
-        first = 0 if sites[0].variant.parameters is None else 1
-        bias = leaves[1 - first]["bias"].to(W.dtype)
-        return sites[first].variant.apply(W._replace(bias=bias), leaves[first], x)
+        (x,) = (*args, *kwargs.values())
+        return run_apply(sites, module, [own.suited(x) for own in leaves], x)
     own = inner_parameters(module)
     if len(sites) == 1 and runs_by_products(sites[0], module):
         (x,) = (*args, *kwargs.values())
         return run_by_products(sites[0], module, own, leaves[0], x)
     replaced: dict[str, Tensor] = {}
     for site, of_it in zip(sites, leaves, strict=True):
-        check_no_dropout(site, of_it)
-        replaced |= _table(site, own, of_it) or effective_parameters(site, own, of_it)
+        check_no_dropout(site, of_it.raw)
+        replaced |= _table(site, own, of_it) or effective_parameters(site, own, of_it.raw)
     return run_base(module, base, *args, replaced=replaced, **kwargs)
 
 
-def _table(
-    site: Site, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
-) -> dict[str, Tensor] | None:
+def run_apply(
+    sites: Sequence[Site], module: nn.Module, leaves: Sequence[Mapping[str, Tensor]], x: Tensor
+) -> Tensor:
+    """Run the ``apply`` of a module's variant.
+
+    Args:
+        sites: The module's sites: one, or a second one that trains the bias.
+        module: A module that ``runs_apply`` accepts.
+        leaves: The leaves of each site, or what was prepared from them.
+        x: Activations, shape (..., d_in).
+
+    Returns:
+        Shape (..., d_out).
+    """
+    W = affine(module, sites[0].path)
+    if len(sites) == 1:
+        return sites[0].variant.apply(W, leaves[0], x)
+    first = 0 if sites[0].variant.parameters is None else 1
+    bias = leaves[1 - first]["bias"].to(W.dtype)
+    return sites[first].variant.apply(W._replace(bias=bias), leaves[first], x)
+
+
+def _table(site: Site, own: Mapping[str, Any], leaves: SiteLeaves) -> dict[str, Tensor] | None:
     """The table of a subclass of ``nn.Embedding``, which its forward may only look up rows of."""
     is_table = isinstance(site.module, nn.Embedding) and site.parameter == "weight"
     if not is_table or not site.variant.products_only or torch.compiler.is_compiling():
         return None
 
     def compute() -> Tensor:
-        return effective_parameters(site, own, leaves)["weight"]
+        return effective_parameters(site, own, leaves.raw)["weight"]
 
     rows = partial(lookup, site, own, leaves)
     return {"weight": adapted_tensor(own["weight"], compute, rows)}
@@ -126,10 +119,12 @@ class SingleForward(ForwardOverride):
 
     Attributes:
         sites: The module's sites.
+        leaves: The leaves of the adapter.
         call: The call.
     """
 
     sites: Sequence[Site]
+    leaves: AdapterLeaves
     call: CallState
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,15 +135,11 @@ class SingleForward(ForwardOverride):
             if unused:
                 for site in self.sites:
                     unused.difference_update(site.known)
-            leaves = self._leaves()
+            leaves = self.leaves.at(self.sites)
             return run_sites(self.sites, self.module, leaves, self.base, *args, **kwargs)
         except Exception as error:
             error.add_note(f"in the {adapter_names(self.sites)}")
             raise
-
-    def _leaves(self) -> list[dict[str, Tensor]]:
-        (params,) = self.call.adapters
-        return [leaves_of(site, params) for site in self.sites]
 
     def adapt(self, name: str, stored: Any) -> Any:
         """Give code outside the module the adapted parameter in place of a stored one."""
@@ -157,9 +148,9 @@ class SingleForward(ForwardOverride):
 
     def _adapted(self, name: str) -> Tensor:
         own, new = inner_parameters(self.module), dict[str, Tensor]()
-        for site, leaves in zip(self.sites, self._leaves(), strict=True):
+        for site, leaves in zip(self.sites, self.leaves.at(self.sites), strict=True):
             base = dense_parameters(site) if is_quantised(self.module) else own
-            new |= effective_parameters(site, base, leaves)
+            new |= effective_parameters(site, base, leaves.raw)
         found: Tensor = new.get(name, own[name])
         return found
 
@@ -169,14 +160,3 @@ def adapter_names(sites: Iterable[Site]) -> str:
     variants = {site.variant.name: None for site in sites}
     paths = {site.path: None for site in sites}
     return f"{', '.join(variants)} adapter of {', '.join(paths)!r}"
-
-
-def runs_apply(sites: Sequence[Site], module: nn.Module) -> bool:
-    """True if the variant's ``apply`` replaces the module's forward."""
-    if len(sites) == 1:
-        (site,) = sites
-        plain = type(module) is nn.Linear or is_quantised(module)
-        return site.parameter is None and (site.variant.parameters is None or plain)
-    # beside a variant that leaves the bias as it is, the bias may be trained itself
-    kinds = [site.variant.parameters is None for site in sites if site.parameter is None]
-    return sorted(kinds) == [False, True] and len(sites) == 2 and is_linear(module)

@@ -59,7 +59,8 @@ class Sweep(NamedTuple):
             FoldError: If the adapters cannot share a call.
         """
         args, kwargs, rows = fold_batch(self.batch, self.size, self.batched)
-        injected = injection(self.model, self.stacks, Rows(self.sizes, rows), origin=self.origin)
+        own = Rows(self.sizes, rows)
+        injected = injection(self.model, self.stacks, own, prepares=self.strict, origin=self.origin)
         _check_foldable(inner_model(self.model), injected.layouts)
         with injected.inside():
             output = injected.call(args, kwargs)

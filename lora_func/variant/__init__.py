@@ -13,6 +13,7 @@ from lora_func.variant._peft_format import (
     differs_on_convolution,
     matches_path,
 )
+from lora_func.variant._prepare import prepare_sites, prepared
 from lora_func.variant._protocols import (
     ApplyFn,
     BiasFn,
@@ -22,6 +23,7 @@ from lora_func.variant._protocols import (
     NormFn,
     ObserveFn,
     ParametersFn,
+    PrepareFn,
     SharedFn,
     WeightFn,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "Params",
     "PeftFormat",
     "PeftLeaf",
+    "PrepareFn",
     "SharedFn",
     "Trial",
     "Variant",
@@ -49,6 +52,8 @@ __all__ = [
     "fit",
     "matches_path",
     "parse_axes",
+    "prepare_sites",
+    "prepared",
     "rank_of",
     "ranks_of",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, dtype
 
 from lora_func.weights import Weight
 
@@ -28,6 +28,26 @@ class InitFn(Protocol):
         """
 
 
+class PrepareFn(Protocol):
+    """Compute what depends on the leaves alone, once for all sites of one kind."""
+
+    def __call__(
+        self, params: Mapping[str, Tensor], shape: tuple[int, int], dtype: dtype, /
+    ) -> dict[str, Tensor]:
+        """Return what ``apply`` then finds among the leaves.
+
+        Args:
+            params: The leaves of the sites, without those in ``casts``. Each has an axis of sites
+                in front, of size 1 if the sites share the leaf, and behind it an axis of adapters
+                in a stack.
+            shape: (d_out, d_in) of the weight.
+            dtype: The dtype of the activations.
+
+        Returns:
+            Tensors with the same axes in front, under names of their own.
+        """
+
+
 class ApplyFn(Protocol):
     """Run the adapted layer: the activation view."""
 
@@ -36,7 +56,8 @@ class ApplyFn(Protocol):
 
         Args:
             W: The frozen weight, read through ``linear`` and ``dense`` alone.
-            params: The leaves of the site, in their own dtype.
+            params: The leaves of the site, in their own dtype; in a call of a model those in
+                ``casts`` have the dtype of x, and what ``prepare`` made is among them.
             x: Activations, shape (..., d_in). The adapter computes in their dtype.
 
         Returns:

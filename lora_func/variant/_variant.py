@@ -17,6 +17,7 @@ from lora_func.variant._protocols import (
     NormFn,
     ObserveFn,
     ParametersFn,
+    PrepareFn,
     SharedFn,
     WeightFn,
 )
@@ -63,6 +64,10 @@ class Variant(NamedTuple):
             says that it may be missing. ``r`` is the rank, ``d_out`` and ``d_in`` belong to the
             weight; words may be products (``a*b``, ``d_in/b``), and ``|`` separates alternatives.
             Empty for a variant with ``parameters``, whose leaves have the parameters' own names.
+        prepare: Computes what depends on the leaves alone: once in a call, for all sites of one
+            kind, and not at each site. ``apply`` must do the same without it. None for nothing.
+        casts: The leaves which ``apply`` needs in the dtype of the activations alone. They are cast
+            once in a call, for all sites of one kind.
         weight: The weight view; None for a variant that is not linear in x.
         bias: The adapted bias; None if the bias does not change.
         shared: Makes what all sites share, kept once under the site ``*``.
@@ -92,6 +97,8 @@ class Variant(NamedTuple):
     init: InitFn
     apply: ApplyFn
     leaves: Mapping[str, str]
+    prepare: PrepareFn | None = None
+    casts: tuple[str, ...] = ()
     weight: WeightFn | None = None
     bias: BiasFn | None = None
     shared: SharedFn | None = None
@@ -129,13 +136,15 @@ def check_variant(variant: Variant) -> None:
     """Check that a variant is well-formed.
 
     Raises:
-        ValueError: If its name is not an identifier, its leaves are missing or malformed, or the
-            rank stands at different places in the alternatives of a leaf.
+        ValueError: If its name is not an identifier, its leaves are missing or malformed, casts
+            names none of them, or the rank stands at different places in a leaf's alternatives.
     """
     if not variant.name.isidentifier():
         raise ValueError(
             f"{variant.name!r} cannot be part of a key; a variant's name is an identifier"
         )
+    if unknown := {*variant.casts} - variant.axes.keys():
+        raise ValueError(f"{variant.name}: casts names {sorted(unknown)}, which are no leaves")
     if not variant.leaves and variant.parameters is None:
         raise ValueError(
             f"{variant.name}: leaves is empty; name the axes of each leaf, such as "

@@ -15,11 +15,22 @@ from lora_func.numerics import (
     low_rank_norm,
     scaled,
 )
-from lora_func.variant import CONVOLUTIONS, PeftFormat, PeftLeaf, differs_on_convolution
+from lora_func.variant import CONVOLUTIONS, PeftFormat, PeftLeaf, differs_on_convolution, prepared
 from lora_func.weights import Affine, Weight, dense
 
 LOW_RANK = {"A": "r d_in", "B": "d_out r", "_scale": "", "_dropout?": ""}
 """The leaves."""
+
+
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute ``s B`` in the dtype of the activations.
+
+    Returns:
+        up.
+    """
+    return {"up": scaled(params["B"], params["_scale"]).to(dtype)}
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -28,8 +39,9 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    scale, rate = params["_scale"], params.get(DROPOUT)
-    return add_low_rank(x, W, params["A"], params["B"], scale=scale, rate=rate)
+    if "up" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    return add_low_rank(x, W, params["A"], params["up"], rate=params.get(DROPOUT))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

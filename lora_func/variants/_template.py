@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_number
 from lora_func.configs import RankConfig
-from lora_func.numerics import add_low_rank, along_rows, check_rank, kaiming_uniform, low_rank_norm
+from lora_func.numerics import add_low_rank, check_rank, kaiming_uniform, low_rank_norm
 from lora_func.variant import Trial, Variant
 from lora_func.weights import Weight, dense
 
@@ -71,8 +71,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    g = along_rows(params["g"])
-    return add_low_rank(x, W, params["A"], params["B"], lambda h: h * g.to(h.dtype))
+    return add_low_rank(x, W, params["A"], params["B"], params["g"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

@@ -25,7 +25,6 @@ contrastive choice from pairs is not offered.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -36,7 +35,6 @@ from lora_func.numerics import (
     SINGULAR,
     Moments,
     add_low_rank,
-    along_rows,
     at_least_float32,
     cayley,
     check_rank,
@@ -46,7 +44,7 @@ from lora_func.numerics import (
     skew,
     svd,
 )
-from lora_func.variant import Trial, Variant
+from lora_func.variant import Trial, Variant, prepared
 from lora_func.weights import Weight, dense
 
 
@@ -137,15 +135,27 @@ def rotation(params: Mapping[str, Tensor], rot: Tensor) -> Tensor:
     return cayley(skew(scaled(bounded, params["_coeff"] / 2)))
 
 
-def _steer(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
-    """The change in singular coordinates, (..., r) -> (..., r)."""
+def _change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The change in singular coordinates: blocks (..., r / b, b, b), or middle (..., r)."""
     delta = at_least_float32(params["_coeff"][..., None] * params["delta_s"])
-    S, delta = (along_rows(t).to(h.dtype) for t in (params["_S"] + delta, delta))
-    if "rot_V" in params:
-        return torch.addcmul(h * delta, rotate_blocks(h, rotation(params, params["rot_V"])), S)
-    if "rot_U" in params:
-        return h * delta + rotate_blocks(h * S, rotation(params, params["rot_U"]).mT)
-    return h * delta
+    side = next((name for name in ("rot_V", "rot_U") if name in params), None)
+    if side is None:
+        return {"middle": delta}
+    E, S = rotation(params, params[side]), params["_S"].to(delta.dtype) + delta
+    delta, S = (t.reshape(*E.shape[:-2], -1) for t in (delta, S))
+    turned = E * S[..., None, :] if side == "rot_V" else S[..., None] * E.mT
+    return {"blocks": torch.diag_embed(delta) + turned}
+
+
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute the change in singular coordinates.
+
+    Returns:
+        blocks (r / b, b, b), or middle (r,) if there is no rotation.
+    """
+    return {name: change.to(dtype) for name, change in _change(params).items()}
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -154,7 +164,12 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return add_low_rank(x, W, params["_Vh"], params["_U"], partial(_steer, params))
+    if "blocks" not in params and "middle" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    down, up, blocks = params["_Vh"], params["_U"], params.get("blocks")
+    if blocks is None:
+        return add_low_rank(x, W, down, up, params["middle"])
+    return add_low_rank(x, W, down, up, bottleneck=lambda h: rotate_blocks(h, blocks))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -163,8 +178,13 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Shape (d_out, d_in).
     """
-    W, Vh = dense(W), params["_Vh"]
-    return W + (params["_U"] @ _steer(params, Vh.mT).mT).to(W.dtype)
+    W, Vh = dense(W), at_least_float32(params["_Vh"])
+    change = _change(params)
+    if "middle" in change:
+        steered = Vh.mT * change["middle"]
+    else:
+        steered = rotate_blocks(Vh.mT, change["blocks"])
+    return W + (params["_U"].to(steered.dtype) @ steered.mT).to(W.dtype)
 
 
 _ROTATIONS = {"rot_V?": "blocks pairs", "rot_U?": "blocks pairs"}
@@ -174,6 +194,8 @@ VARIANT = Variant(
     config=AntiPaSTO,
     init=init,
     apply=apply,
+    prepare=prepare,
+    casts=("_U", "_Vh"),
     weight=weight,
     observe=observe_moments,
     leaves={**_ROTATIONS, "_max_angle?": "", "delta_s": "r", "_coeff": "", **SINGULAR},

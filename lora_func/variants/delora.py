@@ -38,7 +38,7 @@ from lora_func.numerics import (
     low_rank_norm,
     low_rank_term,
 )
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
 from lora_func.weights import Weight, dense
 
 _FLOOR = 1e-4
@@ -109,6 +109,27 @@ def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return low_rank_difference(A, B, *_pair(params, params["_A0"], params["_B0"]))
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Fold the norms and the strength into the factors.
+
+    Returns:
+        down and up; with dropout and a frozen copy also dropped_down and dropped_up.
+    """
+    if DROPOUT not in params or "_A0" not in params:
+        down, up = _factors(params)
+        return {"down": down.to(dtype), "up": up.to(dtype)}
+    down, up = _pair(params, params["A"], params["B"])
+    A0, B0 = _pair(params, params["_A0"], params["_B0"])
+    return {
+        "down": A0.to(dtype),
+        "up": -B0.to(dtype),
+        "dropped_down": down.to(dtype),
+        "dropped_up": up.to(dtype),
+    }
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute the frozen output and the low-rank term, with the norms folded into the factors.
 
@@ -117,12 +138,13 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    rate = params.get(DROPOUT)
-    if rate is None or "_A0" not in params:
-        return add_low_rank(x, W, *_factors(params), rate=rate)
-    A0, B0 = _pair(params, params["_A0"], params["_B0"])
-    term = low_rank_term(dropout(x, rate), *_pair(params, params["A"], params["B"]))
-    return add_low_rank(x, W, A0, -B0) + term
+    if "up" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    rate, down, up = params.get(DROPOUT), params["down"], params["up"]
+    if "dropped_up" not in params:
+        return add_low_rank(x, W, down, up, rate=rate)
+    term = low_rank_term(dropout(x, rate), params["dropped_down"], params["dropped_up"])
+    return add_low_rank(x, W, down, up) + term
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -150,6 +172,7 @@ VARIANT = Variant(
     config=DeLoRA,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     delta_norm=delta_norm,
     leaves={

@@ -29,18 +29,18 @@ from torch.linalg import vecdot
 from lora_func.configs import LowRankConfig
 from lora_func.numerics import (
     DROPOUT,
+    add_scaled,
     along_rows,
     at_least_float32,
     dropout,
     dropout_leaf,
     kaiming_uniform,
-    scale_output,
     scaled,
     without_autocast,
 )
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
+from lora_func.variants import _low_rank as low_rank
 from lora_func.variants._low_rank import LOW_RANK, PEFT_CONVOLUTION, PEFT_EMBEDDING, PEFT_LORA
-from lora_func.variants._low_rank import apply as low_rank
 from lora_func.weights import Affine, Weight, bias_of, dense, linear, matmul_weight
 
 
@@ -83,17 +83,35 @@ def squared_norms(W: Weight) -> Tensor:
     return at_least_float32(dense(W)).square().sum(-1)
 
 
-def _gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """M / n; m for a row of zeros, where it does not matter."""
-    m, squares, A = params["m"], params["_w_sqnorm"], at_least_float32(params["A"].detach())
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Do what LoRA's ``prepare`` does, and compute all of n² that does not need W.
+
+    Returns:
+        A in the dtype of the activations, and up; for the norm doubled ``2 s B``, squares
+        ``‖W_i‖² + s² B_i (A Aᵀ) B_iᵀ`` in the first of r columns, and least, a positive lower
+        bound of n².
+    """
+    A, of_W = at_least_float32(params["A"].detach()), params["_w_sqnorm"]
     B = scaled(at_least_float32(params["B"].detach()), params["_scale"])
     with without_autocast(A):
-        WA = matmul_weight(A, W).mT.to(A.dtype)
-        added = vecdot(B @ (A @ A.mT) + 2 * WA, B)
+        squares = of_W + vecdot(B @ (A @ A.mT), B).to(of_W.dtype)
     # what the sum of squares is precise to, where a row has all but vanished
-    least = squares * torch.finfo(W.dtype).eps
-    n = torch.maximum(squares + added.to(squares.dtype), least).sqrt().to(m.dtype)
-    return m / torch.where(n > 0, n, 1)
+    least = torch.where(squares > 0, of_W * torch.finfo(dtype).eps, 1)
+    # with zeros beside it, one sum over the columns adds all terms of n²
+    squares = torch.nn.functional.pad(squares[..., None], (0, B.shape[-1] - 1))
+    norm = {"doubled": (2 * B).to(squares.dtype), "squares": squares, "least": least}
+    return {"A": params["A"].to(dtype), **low_rank.prepare(params, shape, dtype), **norm}
+
+
+def _more(W: Weight, ready: Mapping[str, Tensor]) -> Tensor:
+    """``m / n - 1``; ``m - 1`` for a row of zeros, where it does not matter."""
+    with without_autocast(ready["doubled"]):
+        WA = matmul_weight(ready["A"].detach(), W).mT
+    squares = torch.addcmul(ready["squares"], WA, ready["doubled"]).sum(-1)
+    n = torch.maximum(squares, ready["least"]).sqrt()
+    return ready["m"] / n.to(ready["m"].dtype) - 1
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -105,15 +123,16 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
+    if "up" not in params:
+        params = prepared(prepare, params, W, x.dtype)
     rate, b = params.get(DROPOUT), bias_of(W)
     if rate is not None:
         frozen, kept = Affine(W.weight if isinstance(W, Affine) else W), dropout(x, rate)
         whole = {leaf: tensor for leaf, tensor in params.items() if leaf != DROPOUT}
         return linear(x, W) + apply(frozen, whole, kept) - linear(kept, frozen)
-    y = low_rank(W, params, x)
-    g = along_rows(_gain(W, params))
-    y = scale_output(y, g)
-    return y if b is None else y - (g - 1).to(y.dtype) * b.to(y.dtype)
+    more = _more(W, params)
+    y = add_scaled(low_rank.apply(W, params, x), more)
+    return y if b is None else y - along_rows(more).to(y.dtype) * b.to(y.dtype)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -123,10 +142,10 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    g = _gain(W, params)[:, None]
-    up = g * scaled(params["B"], params["_scale"])
+    more = _more(W, prepared(prepare, params, W, W.dtype))[:, None]
+    up = (1 + more) * scaled(params["B"], params["_scale"])
     added = up @ params["A"].to(up.dtype)
-    return W + (g - 1).to(W.dtype) * W + added.to(W.dtype)
+    return W + more.to(W.dtype) * W + added.to(W.dtype)
 
 
 def _peft(of_lora: PeftFormat, m: PeftLeaf) -> PeftFormat:
@@ -158,6 +177,7 @@ VARIANT = Variant(
     config=DoRA,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     leaves={**LOW_RANK, "m": "d_out", "_w_sqnorm": "d_out"},
     peft=_PEFT,

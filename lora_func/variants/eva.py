@@ -34,7 +34,15 @@ from lora_func.numerics import (
     principal_components,
 )
 from lora_func.variant import Trial, Variant
-from lora_func.variants._low_rank import LOW_RANK, PEFT_EXPORTS, apply, delta_norm, low_rank, weight
+from lora_func.variants._low_rank import (
+    LOW_RANK,
+    PEFT_EXPORTS,
+    apply,
+    delta_norm,
+    low_rank,
+    prepare,
+    weight,
+)
 from lora_func.weights import Weight
 
 
@@ -150,6 +158,8 @@ VARIANT = Variant(
     config=EVA,
     init=init,
     apply=apply,
+    prepare=prepare,
+    casts=("A",),
     weight=weight,
     observe=observe_moments,
     conclude=conclude,

@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 
 from lora_func.configs import RankConfig
 from lora_func.numerics import at_least_float32, without_autocast
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, differs_on_convolution
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, differs_on_convolution, prepared
 from lora_func.weights import Weight, dense, linear
 
 
@@ -75,13 +75,27 @@ def _factors(params: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, 
     return U.to(dtype), P.to(dtype)
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Solve for the factors of the chain.
+
+    Returns:
+        vectors U and P, with ``H_1 ... H_r = I - Pᵀ U``.
+    """
+    U, P = _factors(params, dtype)
+    return {"vectors": U, "P": P}
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Reflect the input, the last reflection first.
 
     Returns:
         Shape (..., d_out).
     """
-    U, P = _factors(params, x.dtype)
+    if "P" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    U, P = params["vectors"].to(x.dtype), params["P"].to(x.dtype)
     return linear(x - (x @ U.mT) @ P, W)
 
 
@@ -119,6 +133,7 @@ VARIANT = Variant(
     config=HRA,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     leaves={"U": "r d_in"},
     peft=(

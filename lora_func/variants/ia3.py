@@ -22,8 +22,8 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.configs import LinearConfig
-from lora_func.numerics import along_rows, scale_output
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, matches_path
+from lora_func.numerics import scale_output
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, matches_path, prepared
 from lora_func.weights import Weight, dense, linear
 
 
@@ -48,13 +48,27 @@ def init(W: Weight, cfg: IA3, generator: Generator, stats: None = None) -> dict[
     return {"g": torch.ones(d_out)}
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute ``g - 1``, which a cast leaves more precise than g.
+
+    Returns:
+        more; nothing where g needs no cast.
+    """
+    return {} if params["g"].dtype == dtype else {"more": (params["g"] - 1).to(dtype)}
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``g y`` with ``y = linear(x, W)``.
+    """Compute ``g y`` with ``y = linear(x, W)``, where a cast would round g as ``y + (g - 1) y``.
 
     Returns:
         Shape (..., d_out).
     """
-    return scale_output(linear(x, W), along_rows(params["g"]))
+    y = linear(x, W)
+    if "more" not in params and params["g"].dtype != y.dtype:
+        params = prepared(prepare, params, W, y.dtype)
+    return scale_output(y, params["g"], params.get("more"))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -81,6 +95,7 @@ VARIANT = Variant(
     config=IA3,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     bias=bias,
     leaves={"g": "d_out"},

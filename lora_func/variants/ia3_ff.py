@@ -22,8 +22,8 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.configs import LinearConfig
-from lora_func.numerics import along_rows, scale_output
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, matches_path
+from lora_func.numerics import scale_output
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, matches_path, prepared
 from lora_func.weights import Weight, dense, linear, taps_of
 
 
@@ -53,13 +53,27 @@ def _gains(params: Mapping[str, Tensor], d_in: int) -> Tensor:
     return g if g.shape[-1] == d_in else g.repeat_interleave(d_in // g.shape[-1], -1)
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute g for each input, and ``g - 1``, which a cast leaves more precise.
+
+    Returns:
+        gains; more, where they need a cast.
+    """
+    g = _gains(params, shape[1])
+    return {"gains": g} if g.dtype == dtype else {"gains": g, "more": (g - 1).to(dtype)}
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(g x, W)``.
+    """Compute ``linear(g x, W)``, where a cast would round g with ``g x`` as ``x + (g - 1) x``.
 
     Returns:
         Shape (..., d_out).
     """
-    return linear(scale_output(x, along_rows(_gains(params, W.shape[-1]))), W)
+    if "gains" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    return linear(scale_output(x, params["gains"], params.get("more")), W)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -77,6 +91,7 @@ VARIANT = Variant(
     config=IA3FF,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     leaves={"g": "d_in/taps"},
     neutral={"g": 1.0},

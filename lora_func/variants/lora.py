@@ -26,7 +26,15 @@ from lora_func.checks import check_flag
 from lora_func.configs import LowRankConfig
 from lora_func.numerics import dropout_leaf, kaiming_uniform
 from lora_func.variant import Trial, Variant
-from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, apply, delta_norm, low_rank, weight
+from lora_func.variants._low_rank import (
+    LOW_RANK,
+    PEFT_FORMATS,
+    apply,
+    delta_norm,
+    low_rank,
+    prepare,
+    weight,
+)
 from lora_func.weights import Weight
 
 
@@ -87,6 +95,8 @@ VARIANT = Variant(
     config=LoRA,
     init=init,
     apply=apply,
+    prepare=prepare,
+    casts=("A",),
     weight=weight,
     delta_norm=delta_norm,
     leaves=LOW_RANK,

@@ -35,7 +35,7 @@ from lora_func.numerics import (
     skew,
     without_autocast,
 )
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
 from lora_func.weights import Weight, dense, linear
 
 
@@ -104,13 +104,26 @@ def rotation(params: Mapping[str, Tensor]) -> Tensor:
         return powers + Q + Q @ powers
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute ``R - I``.
+
+    Returns:
+        turn.
+    """
+    return {"turn": rotation(params).to(dtype)}
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Rotate the input.
 
     Returns:
         Shape (..., d_out).
     """
-    return linear(x + rotate_blocks(x, rotation(params)), W)
+    if "turn" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    return linear(x + rotate_blocks(x, params["turn"]), W)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -193,6 +206,7 @@ VARIANT = Variant(
     config=OFT,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     leaves={"R": "d_in/b pairs", "_neumann?": "terms"},
     peft=(_PEFT, _PEFT_NEUMANN),

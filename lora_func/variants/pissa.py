@@ -39,7 +39,7 @@ from lora_func.numerics import (
     scaled,
     svd,
 )
-from lora_func.variant import Trial, Variant
+from lora_func.variant import Trial, Variant, prepared
 from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, PEFT_LORA
 from lora_func.weights import Affine, Weight, dense
 
@@ -96,6 +96,26 @@ def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return low_rank_difference(params["A"], params["B"], params["_A0"], params["_B0"])
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Make the factors of the difference; with dropout those of the start and of the trained term.
+
+    Returns:
+        down and up; with dropout also dropped_down and dropped_up.
+    """
+    scale = params["_scale"]
+    if DROPOUT not in params:
+        down, up = _factors(params)
+        return {"down": down.to(dtype), "up": scaled(up, scale).to(dtype)}
+    return {
+        "down": params["_A0"].to(dtype),
+        "up": scaled(-params["_B0"], scale).to(dtype),
+        "dropped_down": params["A"].to(dtype),
+        "dropped_up": scaled(params["B"], scale).to(dtype),
+    }
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute ``linear(x, W) + s x (B A - B0 A0)ᵀ``, as a LoRA of rank 2r.
 
@@ -104,11 +124,13 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    scale, rate = params["_scale"], params.get(DROPOUT)
-    if rate is None:
-        return add_low_rank(x, W, *_factors(params), scale=scale)
-    residual = add_low_rank(x, W, params["_A0"], -params["_B0"], scale=scale)
-    return residual + low_rank_term(dropout(x, rate), params["A"], scaled(params["B"], scale))
+    if "up" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    y = add_low_rank(x, W, params["down"], params["up"])
+    if DROPOUT not in params:
+        return y
+    kept = dropout(x, params[DROPOUT])
+    return y + low_rank_term(kept, params["dropped_down"], params["dropped_up"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -172,6 +194,7 @@ VARIANT = Variant(
     config=PiSSA,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     delta_norm=delta_norm,
     leaves={**LOW_RANK, "_A0": "r d_in", "_B0": "d_out r"},

@@ -27,8 +27,8 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count
 from lora_func.configs import LinearConfig
-from lora_func.numerics import at_least_float32
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.numerics import at_least_float32, is_eager
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
 from lora_func.weights import Weight, dense, linear
 
 _KINDS = (1, 2, 4)
@@ -93,16 +93,58 @@ def _entries(kind: int, theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     return (cos, sin) if kind == 2 else (cos[..., 0, :], sin[..., 1, :])
 
 
-def _rotate(y: Tensor, params: Mapping[str, Tensor], kind: int) -> Tensor:
+def _matrices(kind: int, params: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What multiplies each half of a group, and what multiplies the other half."""
     theta, alpha = at_least_float32(params["theta"]), at_least_float32(params["alpha"])
-    entries = _entries(kind, theta, alpha)
-    diagonal, across = (entry.to(y.dtype).reshape(*entry.shape[:-1], 2, -1) for entry in entries)
-    across = across * across.new_tensor([-1, 1])[:, None]
+    diagonal, across = _entries(kind, theta, alpha)
+    half = across.shape[-1] // 2
+    across = torch.cat([-across[..., :half], across[..., half:]], -1)
+    halves = (*across.shape[:-1], 2, half)
+    return {
+        "diagonal": diagonal.reshape(halves).to(dtype),
+        "across": across.reshape(halves).to(dtype),
+    }
+
+
+def _rotate(y: Tensor, matrices: Mapping[str, Tensor]) -> Tensor:
+    diagonal, across = matrices["diagonal"].to(y.dtype), matrices["across"].to(y.dtype)
     halves = y.reshape(*y.shape[:-1], *diagonal.shape[-3:])
     if diagonal.ndim > 3:
         diagonal, across = diagonal[:, None], across[:, None]
+    if is_eager(y):
+        turned: Tensor = _Turned.apply(halves, diagonal, across)  # type: ignore[no-untyped-call]
+        return turned.flatten(-3)
     turned = torch.addcmul(halves, halves, diagonal)
     return torch.addcmul(turned, halves.flip(-2), across).flatten(-3)
+
+
+class _Turned(torch.autograd.Function):
+    """``h + D h + C flip(h)`` of halves h, of which the backward pass needs h alone."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Tensor, diagonal: Tensor, across: Tensor) -> Tensor:
+        ctx.save_for_backward(halves, diagonal, across)
+        return _turned(halves, diagonal, *across.unbind(-2))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        halves, diagonal, across = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            of_halves = torch.addcmul(gradient, gradient, diagonal) + (gradient * across).flip(-2)
+        else:
+            of_first, of_second = across.unbind(-2)
+            of_halves = _turned(gradient, diagonal, of_second, of_first)
+        of_diagonal = (gradient * halves).sum_to_size(diagonal.shape)
+        of_across = (gradient * halves.flip(-2)).sum_to_size(across.shape)
+        return of_halves, of_diagonal, of_across
+
+
+def _turned(halves: Tensor, diagonal: Tensor, of_first: Tensor, of_second: Tensor) -> Tensor:
+    turned = torch.addcmul(halves, halves, diagonal)
+    first, second = halves.unbind(-2)
+    turned[..., 0, :].addcmul_(second, of_first)
+    turned[..., 1, :].addcmul_(first, of_second)
+    return turned
 
 
 def _peft_format(kind: int) -> PeftFormat:
@@ -124,14 +166,21 @@ def _peft_format(kind: int) -> PeftFormat:
 
 
 def _variant(kind: int) -> Variant:
+    def prepare(
+        params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        return _matrices(kind, params, dtype)
+
     def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return _rotate(linear(x, W), params, kind)
+        if "across" not in params:
+            params = prepared(prepare, params, W, x.dtype)
+        return _rotate(linear(x, W), params)
 
     def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-        return _rotate(dense(W).mT, params, kind).mT
+        return _rotate(dense(W).mT, _matrices(kind, params, W.dtype)).mT
 
     def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
-        return None if b is None else _rotate(b, params, kind)
+        return None if b is None else _rotate(b, _matrices(kind, params, b.dtype))
 
     shape = {1: "d_out/g g/2", 2: "d_out/g g", 4: "d_out/g 2 g"}[kind]
     return Variant(
@@ -139,6 +188,7 @@ def _variant(kind: int) -> Variant:
         config=ROAD,
         init=init,
         apply=apply,
+        prepare=prepare,
         leaves={"theta": shape, "alpha": shape},
         weight=weight,
         bias=bias,

@@ -25,8 +25,8 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice
 from lora_func.configs import Calibration, RankConfig
-from lora_func.numerics import add_entries, at_least_float32, weight_with_entries
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.numerics import add_entries, at_least_float32, prepare_entries, weight_with_entries
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
 from lora_func.weights import Weight, dense
 
 
@@ -106,13 +106,26 @@ def _chosen(W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None, n
     return score.flatten().abs().topk(nnz).indices
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Find the places of the entries, and cast their values.
+
+    Returns:
+        What ``add_entries`` takes.
+    """
+    return prepare_entries(params["values"], params["_indices"], shape, dtype)
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute ``linear(x, W + D)``, or ``linear(x, W) + x Dᵀ``.
 
     Returns:
         Shape (..., d_out).
     """
-    return add_entries(x, W, params["values"], params["_indices"])
+    if "rows" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    return add_entries(x, W, params)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -148,6 +161,7 @@ VARIANT = Variant(
     config=SHiRA,
     init=init,
     apply=apply,
+    prepare=prepare,
     weight=weight,
     observe=observe,
     delta_norm=delta_norm,

@@ -37,7 +37,7 @@ from lora_func.numerics import (
     check_rank,
     svd,
 )
-from lora_func.variant import BiasFn, Trial, Variant, WeightFn
+from lora_func.variant import BiasFn, Trial, Variant, WeightFn, prepared
 from lora_func.weights import Weight, dense
 
 _NAMES = {"scale": "ssteer", "exp": "ssteer_exp", "add": "ssteer_add", "ablate": "ssteer_ablate"}
@@ -159,8 +159,8 @@ def _gain(params: Mapping[str, Tensor]) -> Tensor:
     return S * (c * delta).clamp(-bound, bound).expm1()
 
 
-def _by_gain(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
-    return h * along_rows(_gain(params)).to(h.dtype)
+def _for_gain(params: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"middle": _gain(params).to(dtype)}
 
 
 def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -168,17 +168,27 @@ def _weight_gain(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + ((params["_U"] * gain) @ params["_Vh"].to(gain.dtype)).to(W.dtype)
 
 
-def _by_gate(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
-    c, delta, S, a = map(along_rows, _coordinates(params))
-    h = at_least_float32(h) * S.sqrt()
-    gate = torch.nn.functional.cosine_similarity(h, delta, dim=-1, eps=1e-12).abs()
-    return c * gate[..., None] * a
+def _for_gate(params: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    c, delta, S, a = _coordinates(params)
+    return {"direction": delta, "root": S.sqrt(), "added": c * a}
 
 
-def _by_removal(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
+def _by_gate(ready: Mapping[str, Tensor], h: Tensor) -> Tensor:
+    direction, root, added = (along_rows(ready[name]) for name in ("direction", "root", "added"))
+    h = at_least_float32(h) * root
+    gate = torch.nn.functional.cosine_similarity(h, direction, dim=-1, eps=1e-12).abs()
+    return gate[..., None] * added
+
+
+def _for_removal(params: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     c, _, _, a = _coordinates(params)
+    return {"removed": a, "added": c * a}
+
+
+def _by_removal(ready: Mapping[str, Tensor], h: Tensor) -> Tensor:
+    a, added = ready["removed"], along_rows(ready["added"])
     projected = h.to(a.dtype) @ a[..., None]
-    return (along_rows(c) - projected) * along_rows(a)
+    return added - projected * along_rows(a)
 
 
 def _weight_ablate(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -194,12 +204,22 @@ def _bias_ablate(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
 
 def _variant(
     mode: str,
-    steer: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    change: Callable[[Mapping[str, Tensor], torch.dtype], dict[str, Tensor]],
+    steer: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None,
     weight: WeightFn | None = None,
     bias: BiasFn | None = None,
 ) -> Variant:
+    def prepare(
+        params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        return change(params, dtype)
+
     def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return add_low_rank(x, W, params["_Vh"], params["_U"], partial(steer, params))
+        if "middle" not in params and "added" not in params:
+            params = prepared(prepare, params, W, x.dtype)
+        down, up, middle = params["_Vh"], params["_U"], params.get("middle")
+        steered = None if steer is None else partial(steer, params)
+        return add_low_rank(x, W, down, up, middle, bottleneck=steered)
 
     trial = Trial({"mode": mode}, lr=1e-2)
     if mode in ("add", "ablate"):
@@ -209,6 +229,8 @@ def _variant(
         config=SSteer,
         init=init,
         apply=apply,
+        prepare=prepare,
+        casts=("_U", "_Vh"),
         leaves={"delta": "r", "_coeff": "", "_clamp?": "", **SINGULAR},
         weight=weight,
         bias=bias,
@@ -220,8 +242,8 @@ def _variant(
 
 
 VARIANTS = (
-    _variant("scale", _by_gain, _weight_gain),
-    _variant("exp", _by_gain, _weight_gain),
-    _variant("add", _by_gate),
-    _variant("ablate", _by_removal, _weight_ablate, _bias_ablate),
+    _variant("scale", _for_gain, weight=_weight_gain),
+    _variant("exp", _for_gain, weight=_weight_gain),
+    _variant("add", _for_gate, _by_gate),
+    _variant("ablate", _for_removal, _by_removal, _weight_ablate, _bias_ablate),
 )

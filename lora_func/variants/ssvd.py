@@ -19,23 +19,14 @@ An unconstrained G is not offered.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count, check_number
 from lora_func.configs import LinearConfig
-from lora_func.numerics import (
-    SINGULAR,
-    add_low_rank,
-    along_rows,
-    at_least_float32,
-    cayley,
-    skew,
-    svd,
-)
-from lora_func.variant import Trial, Variant
+from lora_func.numerics import SINGULAR, add_low_rank, at_least_float32, cayley, skew, svd
+from lora_func.variant import Trial, Variant, prepared
 from lora_func.weights import Weight, dense
 
 
@@ -113,11 +104,22 @@ def rotation(params: Mapping[str, Tensor]) -> Tensor:
     return cayley(-K) if name == "K_strict" else -2 * K
 
 
-def _turn(params: Mapping[str, Tensor], h: Tensor) -> Tensor:
-    """The change in singular coordinates, (..., k) -> (..., k)."""
-    delta, E = along_rows(params["delta_s"]).to(h.dtype), rotation(params).to(h.dtype)
-    S = along_rows(params["_S"] + params["delta_s"]).to(h.dtype)
-    return torch.addcmul(h * delta, h @ E.mT, S)
+def _core(params: Mapping[str, Tensor]) -> Tensor:
+    """The change in singular coordinates, ``diag(δ) + (G - I)ᵀ diag(S + δ)``, shape (..., k, k)."""
+    E = rotation(params)
+    delta, S = params["delta_s"].to(E.dtype), params["_S"].to(E.dtype)
+    return torch.diag_embed(delta) + E.mT * (S + delta)[..., None, :]
+
+
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute the change in singular coordinates.
+
+    Returns:
+        core (k, k).
+    """
+    return {"core": _core(params).to(dtype)}
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -126,7 +128,12 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return add_low_rank(x, W, params["_Vh"], params["_U"], partial(_turn, params))
+    if "core" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    core = params["core"]
+    return add_low_rank(
+        x, W, params["_Vh"], params["_U"], bottleneck=lambda h: h @ core.to(h.dtype)
+    )
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -136,7 +143,8 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W, Vh = dense(W), params["_Vh"]
-    return W + (params["_U"] @ _turn(params, Vh.mT).mT).to(W.dtype)
+    core = _core(params)
+    return W + (params["_U"].to(core.dtype) @ core.mT @ Vh.to(core.dtype)).to(W.dtype)
 
 
 VARIANT = Variant(
@@ -144,6 +152,8 @@ VARIANT = Variant(
     config=SSVD,
     init=init,
     apply=apply,
+    prepare=prepare,
+    casts=("_U", "_Vh"),
     weight=weight,
     leaves={"K?": "pairs", "K_strict?": "pairs", "delta_s": "r", **SINGULAR},
     trials={

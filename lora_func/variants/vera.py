@@ -25,7 +25,6 @@ from lora_func.configs import DropoutConfig, LinearConfig
 from lora_func.numerics import (
     DROPOUT,
     add_low_rank,
-    along_rows,
     dropout_leaf,
     dropout_setting,
     low_rank_norm,
@@ -94,10 +93,8 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    lambda_d, lambda_b = along_rows(params["lambda_d"]), along_rows(params["lambda_b"])
     A, B = _projections(params, W.shape[-1])
-    rate = params.get(DROPOUT)
-    return add_low_rank(x, W, A, B, lambda h: h * lambda_d.to(h.dtype), lambda_b, rate=rate)
+    return add_low_rank(x, W, A, B, params["lambda_d"], params["lambda_b"], params.get(DROPOUT))
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -133,6 +130,7 @@ VARIANT = Variant(
     config=VeRA,
     init=init,
     apply=apply,
+    casts=("lambda_d", "lambda_b", "_A", "_B"),
     weight=weight,
     shared=shared,
     leaves={

@@ -9,6 +9,7 @@ from torch import nn
 
 import lora_func as lf
 from lora_func import Affine
+from lora_func.variant import prepared
 from lora_func.variants import dora
 from tests.support.cases import Case, make_layer
 from tests.support.models import scramble
@@ -87,8 +88,9 @@ def test_a_row_that_training_has_all_but_erased_stays_finite(dtype, left):
     y = lf.fcall(model, params, torch.randn(32, 4).to(dtype))
     assert y.isfinite().all()
     leaves = {key.rsplit(".", 1)[1]: leaf for key, leaf in params.items()}
-    gain = dora._gain(Affine(model[0].weight), leaves)
-    assert gain.max() <= 1.1 * torch.finfo(dtype).eps ** -0.5
+    W = Affine(model[0].weight)
+    more = dora._more(W, prepared(dora.prepare, leaves, W, dtype))
+    assert more.max() <= 1.1 * torch.finfo(dtype).eps ** -0.5
     trained = [*lf.partition(params)[0].values()]
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.double().sum(), trained))
 
