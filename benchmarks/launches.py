@@ -3,8 +3,8 @@
     python -m nox -s bench -- launches
     python -m nox -s bench -- launches --variants lora dora
 
-A GPU waits for launches where a model is small, or a batch. A count has no noise, and is the same on
-a CPU; what only looks at memory (views) does not count. The model is Qwen3-shaped, in bfloat16,
+A GPU waits for launches where a model is small, or a batch. A count has no noise, and is the same
+on a CPU; what only looks at memory (views) does not count. The model is Qwen3-shaped, in bfloat16,
 with adapters on its seven linear projections. ``vcall`` runs two adapters.
 """
 
@@ -12,7 +12,6 @@ import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from measuring import (
     PROJECTIONS,
     Row,

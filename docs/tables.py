@@ -94,7 +94,16 @@ def packages() -> list[str]:
     rows = ["| module | what belongs there |", "|---|---|"]
     files = [PACKAGE / f"{name}.py" for name in ("version", "errors", "checks", "compat")]
     folders = ("modules", "configs", "weights", "variant", "numerics", "variants", "adapter")
-    folders += ("targeting", "runtime", "initialization", "sweep", "export", "files", "peft")
+    folders += (
+        "targeting",
+        "runtime",
+        "initialization",
+        "sweep",
+        "graphs",
+        "export",
+        "files",
+        "peft",
+    )
     files += [PACKAGE / name / "__init__.py" for name in folders]
     for file in files:
         text = ast.get_docstring(ast.parse(file.read_text())) or ""

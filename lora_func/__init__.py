@@ -18,6 +18,7 @@ from lora_func.configs import (
 from lora_func.errors import AdapterFileError, BusyModelError, FoldError, UnusedLeafError
 from lora_func.export import AsLoRA, Attached, attach, merge, to_lora
 from lora_func.files import TrainingState, load, load_training_state, save, save_training_state
+from lora_func.graphs import Captured, capture
 from lora_func.initialization import init
 from lora_func.runtime import adapted, fcall, skeleton
 from lora_func.sweep import clip_grad_norm, vcall
@@ -34,6 +35,7 @@ from lora_func.variant import (
     Params,
     PeftFormat,
     PeftLeaf,
+    PrepareFn,
     SharedFn,
     Trial,
     Variant,
@@ -53,6 +55,7 @@ __all__ = [
     "Attached",
     "BiasFn",
     "BusyModelError",
+    "Captured",
     "ConcludeFn",
     "DropoutConfig",
     "FoldError",
@@ -67,6 +70,7 @@ __all__ = [
     "Params",
     "PeftFormat",
     "PeftLeaf",
+    "PrepareFn",
     "RankConfig",
     "SharedFn",
     "Target",
@@ -80,6 +84,7 @@ __all__ = [
     "__version__",
     "adapted",
     "attach",
+    "capture",
     "clip_grad_norm",
     "combine",
     "dense",

@@ -1,10 +1,7 @@
 """Every private name of torch, transformers, accelerate and bitsandbytes that is used here.
 
-No other file may use such a name. Each function says why there is no public way; a canary in
-``tests/test_compat.py`` fails when a new release changes the name.
-
-Warning:
-    These names may change in any release of those libraries.
+No other file may use such a name, which may change in any release. Each function says why there is
+no public way; a canary in ``tests/test_compat.py`` fails when a new release changes the name.
 """
 
 import sys
@@ -16,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._pytree import tree_flatten as tree_flatten
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
-from torch.utils._pytree import tree_map_only as tree_map_only
-from torch.utils._pytree import tree_unflatten as tree_unflatten
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+tree_flatten, tree_unflatten = _pytree.tree_flatten, _pytree.tree_unflatten
+tree_map, tree_map_only, tree_leaves = _pytree.tree_map, _pytree.tree_map_only, _pytree.tree_leaves
+tree_flatten_with_path, name_of_path = _pytree.tree_flatten_with_path, _pytree.keystr
 
 # ---------------------------------------------------------------------------- transforms of torch
 
@@ -92,6 +90,20 @@ def identity_of(tensor: Tensor) -> int:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written to in place."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors of the same shapes and dtypes in one kernel; torch has no public name for it."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def written_arguments(operation: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments that an operation writes to, which only its schema says."""
+    schema = operation._schema.arguments
+    given = {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
+    written = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    return [given[name] for name in written if name in given]
 
 
 def reshape_unsafe(y: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -191,11 +203,8 @@ def mixes_rows_in_training(module: nn.Module) -> bool:
 
 
 torch_checkpoint: Any = checkpoint.__wrapped__  # type: ignore[attr-defined]
-"""The function behind ``torch.utils.checkpoint.checkpoint``.
-
-Other modules bind ``checkpoint`` by name, so replacing it there has no effect. It looks up what it
-calls in ``CHECKPOINT_PATCH`` each time.
-"""
+"""What is behind ``torch.utils.checkpoint.checkpoint``, which other modules bind by name; it looks
+up what it calls in ``CHECKPOINT_PATCH`` each time."""
 CHECKPOINT_PATCH = (vars(torch_checkpoint), "__dynamo_disable")
 
 
@@ -207,10 +216,7 @@ OLD_FORWARD, HF_HOOK = "_old_forward", "_hf_hook"
 
 
 def masking_module() -> Any:
-    """Return the module in which transformers decides whether to look into a mask, if imported.
-
-    Its function ``is_tracing`` chooses the branch without data-dependent control flow.
-    """
+    """Return the module, if imported, whose ``is_tracing`` says not to look into a mask."""
     return sys.modules.get("transformers.masking_utils")
 
 

@@ -162,6 +162,36 @@ def test_transformers():
     assert compat.is_cache(DynamicCache())
 
 
+def test_trees_with_paths_and_what_an_operation_writes_to():
+    found, layout = compat.tree_flatten_with_path(({"a": X}, [1]))
+    assert [(path[0].idx, compat.name_of_path(path[1:])) for path, _ in found] == [
+        (0, "['a']"),
+        (1, "[0]"),
+    ]
+    assert compat.tree_flatten(({"a": X}, [1]))[1] == layout
+    written = []
+
+    class Noted(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            written.append(compat.written_arguments(func, args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    x, y = torch.ones(2), torch.zeros(2)
+    with Noted():
+        _ = x + y
+        x.add_(1)
+        torch.add(x, x, out=y)
+        torch._foreach_add_([x, y], 1)
+    assert [len(compat.tree_leaves(one)) for one in written] == [0, 1, 1, 2]
+
+
+def test_tensors_are_copied_together():
+    targets = [torch.zeros(2), torch.zeros(3)]
+    compat.copy_all(targets, [torch.ones(2), torch.ones(3)])
+    compat.copy_all([], [])
+    assert [t.sum().item() for t in targets] == [2, 3]
+
+
 def test_what_mamba_never_calls():
     config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=4)
     mixer = MambaModel(config).layers[0].mixer

@@ -34,6 +34,11 @@ def test_the_fifteen_lines_are_fifteen():
     assert len([line for line in quickstart.splitlines() if line.strip()]) == 15
 
 
+def test_the_table_of_packages_names_every_package():
+    folders = {face.parent.name for face in tables.PACKAGE.glob("*/__init__.py")}
+    assert folders == {name for row in tables.packages() for name in re.findall(r"`(\w+)/`", row)}
+
+
 def test_the_tables_are_those_of_the_docstrings():
     for page in tables.PAGES:
         text = (ROOT / page).read_text()

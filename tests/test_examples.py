@@ -1,5 +1,6 @@
 """Every example runs with small settings on tiny models."""
 
+import captured
 import hypernetwork
 import influence
 import maml
@@ -7,6 +8,7 @@ import per_sample_gradients
 import pytest
 import qlora
 import sweep
+import torch
 import variants_race
 
 import lora_func as lf
@@ -54,6 +56,13 @@ def test_influence(run, tiny):
 def test_qlora(run, tiny, capsys, bits):
     run(qlora, "qlora.png", "--model", str(tiny), *SMALL, "--bits", str(bits))
     assert capsys.readouterr().out.count(f"{bits} bits, sweep") == 8
+
+
+def test_captured(run, capsys):
+    run(captured, "captured.png", "--width", "64", "--layers", "1", "--steps", "4")
+    shown = capsys.readouterr().out
+    assert ("nothing was captured" in shown) == (not torch.cuda.is_available())
+    assert "as it is" in shown
 
 
 def test_maml(run):

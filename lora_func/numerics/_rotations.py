@@ -36,9 +36,10 @@ def cayley(X: Tensor) -> Tensor:
     """
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     with without_autocast(X):
-        # torch.linalg.solve has wrong second derivatives by jacrev of jacfwd (torch 2.13)
-        E: Tensor = 2 * torch.linalg.inv(eye - X) @ X
-    return E
+        # torch.linalg.solve has wrong second derivatives by jacrev of jacfwd (torch 2.13);
+        # inv looks whether eye - X is singular, which it never is, and a GPU waits for that
+        inverse: Tensor = torch.linalg.inv_ex(eye - X).inverse
+    return 2 * inverse @ X
 
 
 def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:

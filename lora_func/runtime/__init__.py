@@ -16,7 +16,7 @@ from lora_func.runtime._overrides import ForwardOverride, check_used, override_f
 from lora_func.runtime._patches import Patch, patched
 from lora_func.runtime._replacements import Replacement, replacements
 from lora_func.runtime._running import check_idle, eval_patches, skeleton
-from lora_func.runtime._settings import has_fast_path, settings_now
+from lora_func.runtime._settings import has_fast_path, settings_now, unread_masks
 from lora_func.runtime._site import Site
 from lora_func.runtime._trees import PLAIN, PerAdapter, joined, stacked, tensors_of, unstacked
 from lora_func.runtime._views import (
@@ -71,6 +71,7 @@ __all__ = [
     "stack_size",
     "stacked",
     "tensors_of",
+    "unread_masks",
     "unstacked",
     "weight_view",
 ]

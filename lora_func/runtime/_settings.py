@@ -86,9 +86,14 @@ def settings_now(fast_path: bool) -> Iterator[Patch]:
     if needs_math():
         yield _math_attention, token, True
     if "Vmap" in active_transforms():
-        yield _unread_masks, token, True
+        yield unread_masks()
     if fast_path:
         yield _called_attention, token, True
+
+
+def unread_masks() -> Patch:
+    """Return the patch during which transformers does not look into padding masks."""
+    return _unread_masks, object(), True
 
 
 def compiled_attention() -> AbstractContextManager[Any]:
