@@ -78,6 +78,15 @@ def quickstart(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a GPU, and measure steps, graphs, sweeps and memory there."""
+    install(session, "bench", "-e", ".[all]")
+    requirements = nox.project.dependency_groups(PYPROJECT, "test")
+    session.install("-c", "constraints.txt", *requirements)
+    session.run("python", "benchmarks/gpu.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure everything; or one file of benchmarks/, named first, to which arguments go."""
     install(session, "bench", "-e", ".[all]")

@@ -238,6 +238,16 @@ def report(name: str, rows: Sequence[Row], plotted: Sequence[str], options: Any)
         plotted: The ratio columns to plot.
         options: The command-line settings.
     """
+    show(name, rows)
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) for key, value in vars(options).items() if key not in _NOT_SETTINGS}
+    found = {"machine": machine(options.device), "settings": settings, "rows": rows}
+    (options.out / f"{name}-{options.device}.json").write_text(json.dumps(found, indent=1))
+    _plot(name, rows, plotted, options)
+
+
+def show(name: str, rows: Sequence[Row]) -> None:
+    """Print a table."""
     columns = [*dict.fromkeys(column for row in rows for column in row)]
     table = Table(box=box.SIMPLE, title=name)
     for i, column in enumerate(columns):
@@ -245,11 +255,6 @@ def report(name: str, rows: Sequence[Row], plotted: Sequence[str], options: Any)
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in columns))
     Console(width=max(100, Console().width)).print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) for key, value in vars(options).items() if key not in _NOT_SETTINGS}
-    found = {"machine": machine(options.device), "settings": settings, "rows": rows}
-    (options.out / f"{name}-{options.device}.json").write_text(json.dumps(found, indent=1))
-    _plot(name, rows, plotted, options)
 
 
 _NOT_SETTINGS = ("out", "only")

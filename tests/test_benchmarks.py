@@ -17,6 +17,7 @@ RUNS = {
     "layers": ["--width", "64", "--vocabulary", "100", "--repeats", "1"],
     "starts": ["--widths", "64", "--repeats", "1"],
     "overhead": ["--sites", "2", "--repeats", "1", "--imports", "1"],
+    "gpu": ["--toy", "1", "--repeats", "1", "--parts", "steps", "sweeps", "--methods", "lora"],
     "files": ["--MiB", "8", "--repeats", "1"],
 }
 
@@ -32,12 +33,14 @@ def test_a_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     for written in tmp_path.glob("*.json"):
         found = json.loads(written.read_text())
         assert found["machine"]["torch"]
-        assert found["rows"]
-        assert written.with_suffix(".png").stat().st_size
+        rows = found["rows"] if "rows" in found else sum(found["parts"].values(), [])
+        assert rows
+        assert not any("error" in row for row in rows)
+        assert "parts" in found or written.with_suffix(".png").stat().st_size
     assert [*tmp_path.glob("*.json")]
 
 
 def test_the_plan_names_every_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     planned = {name for name, *_ in importlib.import_module("run").PLAN}
-    assert planned == {file.stem for file in FOLDER.glob("*.py")} - {"measuring", "run"}
+    assert planned == {file.stem for file in FOLDER.glob("*.py")} - {"measuring", "run", "gpu"}
