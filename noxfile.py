@@ -80,9 +80,7 @@ def quickstart(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a GPU, and measure steps, graphs, sweeps and memory there."""
-    install(session, "bench", "-e", ".[all]")
-    requirements = nox.project.dependency_groups(PYPROJECT, "test")
-    session.install("-c", "constraints.txt", *requirements)
+    install(session, "test", "-e", ".[all]")
     session.run("python", "benchmarks/gpu.py", *session.posargs)
 
 
