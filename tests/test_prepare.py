@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_func as lf
 from lora_func.variant import prepare_sites
-from tests.support.cases import CASES, make_layer, scrambled_stack
+from tests.support.cases import CASES, Layers, make_layer, make_params, scrambled_stack
 from tests.support.strategies import dims, seeds
 
 PREPARED = [case for case in CASES if case.variant.prepare or case.variant.casts]
@@ -195,12 +195,37 @@ def test_a_block_of_adapted_prepares_nothing_so_that_leaves_may_change(model):
     assert calls == {"alone": 8}
 
 
-def test_a_layer_that_may_be_skipped_gets_no_gradient_of_zeros(model):
-    params = {k: v.requires_grad_() for k, v in lf.init(model, Counted()).items()}
-    model.forward = lambda x: model[1](x)
-    lf.fcall(model, params, X, loss_fn=total, strict=False).backward()
-    assert calls == {"alone": 1}
-    assert [k for k, v in params.items() if v.grad is not None] == ["1.counted.g"]
+@pytest.mark.parametrize("case", PREPARED, ids=repr)
+def test_a_layer_without_a_part_in_the_loss_gets_no_gradient(case):
+    d_in, d_out, r = case.fit(6, 6, 2)
+    bias = case.bias is not False
+    heads = Layers({name: nn.Linear(d_in, d_out, bias=bias) for name in "abc"})
+    params = make_params(case, heads.requires_grad_(False), r)
+    heads.forward = lambda x: [heads[name](x) for name in "ab"]
+    for _ in range(2):  # gradients add up
+        _, y = lf.fcall(heads, params, (torch.ones(2, d_in),), strict=False)
+        y.square().sum().backward()
+    trained = lf.partition(params)[0]
+    assert {key.split(".")[0] for key, leaf in trained.items() if leaf.grad is not None} <= {"b"}
+
+
+def test_dropout_goes_by_the_mode_in_which_a_module_runs():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            self.inner.train(not self.training)
+            return self.inner(x)
+
+    half, x = Half().requires_grad_(False), torch.ones(4, 8)
+    for cfg in (lf.LoRA(r=2, dropout=0.5), lf.PiSSA(r=2, dropout=0.5)):
+        params = {k: v if "._" in k else v + 1 for k, v in lf.init(half, cfg).items()}
+        ran = [lf.fcall(half.train(), params, x) for _ in range(2)]
+        assert torch.equal(*ran)
+        ran = [lf.fcall(half.eval(), params, x) for _ in range(2)]
+        assert not torch.equal(*ran)
 
 
 def test_activations_of_another_dtype_take_the_leaves_themselves(model):
@@ -216,6 +241,10 @@ def test_what_prepare_may_not_return(model):
     with pytest.raises(ValueError, match=r"'h' has shape \(\); it needs an axis of") as raised:
         lf.fcall(model, lf.init(model, Counted()), X)
     assert "in prepare of counted, for 2 sites like '0'" in raised.value.__notes__
+    bad = COUNTED._replace(prepare=lambda params, shape, dtype: {"h": 1.0})
+    lf.register(bad, overwrite=True)
+    with pytest.raises(ValueError, match=r"'h' has shape 1\.0; it needs an axis of"):
+        lf.fcall(model, lf.init(model, Counted()), X)
     with pytest.raises(ValueError, match=r"casts names \['f'\], which are no leaves"):
         lf.register(COUNTED._replace(casts=("f",)), overwrite=True)
     torch.testing.assert_close(model(X), nn.Sequential.forward(model, X))

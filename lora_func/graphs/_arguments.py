@@ -25,9 +25,15 @@ class Arguments(NamedTuple):
     layout: Any
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The graph's own tensors, by the names of their leaves."""
+        named = zip(self.names, self.leaves, strict=True)
+        return {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
+
+    @property
     def device(self) -> torch.device | None:
         """The device of the tensors; None if there are none."""
-        return next((leaf.device for leaf in self.leaves if isinstance(leaf, Tensor)), None)
+        return next((tensor.device for tensor in self.tensors.values()), None)
 
     def tree(self) -> tuple[Any, ...]:
         """Return the arguments."""
@@ -38,22 +44,39 @@ class Arguments(NamedTuple):
         """Copy the values of other arguments into the graph's own tensors, in one kernel.
 
         Raises:
-            TypeError: If the tree, or a leaf that is no tensor, is another one.
+            TypeError: If a leaf is missing or unknown, or one that is no tensor is another one.
             ValueError: If a tensor has another shape, dtype or device.
         """
-        found, layout = tree_flatten_with_path(given)
-        if layout != self.layout:
-            raise TypeError(
-                f"the arguments have the structure {layout}, those that were captured "
-                f"{self.layout}; capture the function again for them"
-            )
+        found = dict(_named(given)[0])
+        if found.keys() != {*self.names}:
+            name = min(found.keys() ^ {*self.names})
+            what = "is missing" if name in self.names else "was not there at the capture"
+            raise TypeError(f"{name}: {what}; capture the function again for other arguments")
+        own_memory = {_memory(tensor) for tensor in self.tensors.values()}
         targets, sources = [], []
-        for name, own, (_, leaf) in zip(self.names, self.leaves, found, strict=True):
+        for name, own in zip(self.names, self.leaves, strict=True):
+            leaf = found[name]
             _check_alike(name, own, leaf)
             if isinstance(own, Tensor) and own is not leaf:
                 targets.append(own.detach())
-                sources.append(leaf.detach())
+                # another of the graph's own tensors would be overwritten before it is read
+                shared = _memory(leaf) in own_memory
+                sources.append(leaf.detach().clone() if shared else leaf.detach())
         copy_all(targets, sources)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _named(arguments: tuple[Any, ...]) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of arguments by name, and their tree."""
+    found, layout = tree_flatten_with_path(arguments)
+    named = []
+    for path, leaf in found:
+        argument: Any = path[0]
+        named.append((f"argument {argument.idx}{name_of_path(path[1:])}", leaf))
+    return named, layout
 
 
 def arguments_of(examples: tuple[Any, ...]) -> Arguments:
@@ -66,11 +89,7 @@ def arguments_of(examples: tuple[Any, ...]) -> Arguments:
         TypeError: If a tensor is not on a GPU, or something may hold tensors that are not seen.
         ValueError: If tensors are on several devices.
     """
-    found, layout = tree_flatten_with_path(examples)
-    named: list[tuple[str, Any]] = []
-    for path, leaf in found:
-        argument: Any = path[0]
-        named.append((f"argument {argument.idx}{name_of_path(path[1:])}", leaf))
+    named, layout = _named(examples)
     devices: dict[torch.device, str] = {}
     for name, leaf in named:
         _check_leaf(name, leaf)
@@ -95,11 +114,14 @@ def _check_leaf(name: str, leaf: Any) -> None:
         raise TypeError(
             f"{name}: got {type(leaf).__name__}, which may hold tensors that the graph does not "
             "see; accepted are dicts, lists and tuples of tensors on a GPU, modules, and plain "
-            "values; pass its tensors, or let the function use it from outside"
+            "values; pass its tensors (dict(batch) of a BatchEncoding), or let the function use it "
+            "from outside"
         )
 
 
 def _check_device(name: str, leaf: Tensor) -> None:
+    if leaf.layout != torch.strided:
+        raise TypeError(f"{name}: is {leaf.layout}; a CUDA graph copies dense tensors")
     if leaf.device.type != _cuda.GPU:
         raise TypeError(
             f"{name}: is a tensor on {leaf.device}; a CUDA graph reads and writes the memory of "
@@ -109,8 +131,9 @@ def _check_device(name: str, leaf: Tensor) -> None:
 
 def _check_alike(name: str, own: Any, leaf: Any) -> None:
     if not isinstance(own, Tensor):
-        same = own is leaf or (type(own) is type(leaf) and isinstance(own, _CONSTANTS))
-        if not same or (own is not leaf and own != leaf):
+        plain = type(own) is type(leaf) and isinstance(own, _CONSTANTS)
+        nan = own != own and leaf != leaf
+        if own is not leaf and not (plain and (nan or own == leaf)):
             raise TypeError(
                 f"{name}: got {_short(leaf)}, captured with {_short(own)}, which the graph holds "
                 "for good; capture the function again for another one"

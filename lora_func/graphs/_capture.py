@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from lora_func.checks import check_count
-from lora_func.compat import transformed, version_of
+from lora_func.compat import transformed
 from lora_func.graphs import _cuda
 from lora_func.graphs._arguments import Arguments, Results, arguments_of, results_of
 from lora_func.graphs._watch import Watch
 from lora_func.runtime import patched, unread_masks
 
-_WATCHED = 2
+_WATCHED = 3
 
 
 class Captured:
@@ -80,7 +78,7 @@ def capture(
     The arguments are copied into tensors of the graph, in one kernel. What the function uses from
     outside, such as the model and the parameters of an optimizer, is read and written where it
     lies: after it is moved or replaced, capture again. Before the capture the function runs
-    ``2 + warmups`` times; what those runs wrote, and the random state, is then restored. Random
+    ``3 + warmups`` times; what those runs wrote, and the random state, is then restored. Random
     numbers are new in each replay. While the function runs, transformers does not look into padding
     masks.
 
@@ -88,7 +86,7 @@ def capture(
         function: Called with the examples. It must do the same whatever the values are.
         *examples: Its arguments: trees of tensors on one GPU, modules, and plain values, which the
             graph holds for good.
-        warmups: How often the function runs before the capture, after two runs that are watched.
+        warmups: How often the function runs before the capture, after three runs that are watched.
         copies: Whether a call gives new tensors; else those that the next call overwrites.
         pool: A captured function whose memory is shared: the two must never run at the same time.
 
@@ -99,8 +97,8 @@ def capture(
         TypeError: If a tensor is not on a GPU, or something may hold tensors that are not seen.
         ValueError: If tensors are on several devices, or warmups is less than 1.
         RuntimeError: If the function waits for the GPU (the message says in which operation),
-            writes to its arguments, or keeps a tensor of unknown start; if a transform is active;
-            or if there is no GPU.
+            writes to its arguments, or keeps a tensor of unknown start or a new one in each run;
+            if a transform is active; or if there is no GPU.
     """
     check_count("warmups", warmups)
     if transformed():
@@ -115,34 +113,30 @@ def capture(
             _warm_up(function, arguments, warmups)
         try:
             graph, output = _cuda.record(lambda: function(*arguments.tree()), device, shared)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"capture: the function does something that no CUDA graph can hold: {error}"
-            ) from error
+        except Exception as error:
+            error.add_note("while the function was captured as a CUDA graph")
+            raise
     return Captured(graph, arguments, results_of(output), copies)
 
 
 def _warm_up(function: Callable[..., Any], arguments: Arguments, warmups: int) -> None:
     """Run a function, and restore what it wrote."""
-    watch = Watch()
+    watch = Watch(arguments.tensors)
     try:
-        for run in range(_WATCHED):
-            watch.run = run
+        for watch.run in range(_WATCHED):
             with watch:
-                _run_unwritten(function, arguments)
+                function(*arguments.tree())
+        _check_gradients(arguments)
         for _ in range(warmups):
             function(*arguments.tree())
     finally:
         watch.restore()
 
 
-def _run_unwritten(function: Callable[..., Any], arguments: Arguments) -> None:
-    named = zip(arguments.names, arguments.leaves, strict=True)
-    before = [(name, leaf, version_of(leaf)) for name, leaf in named if isinstance(leaf, Tensor)]
-    function(*arguments.tree())
-    for name, tensor, version in before:
-        if version_of(tensor) != version:
+def _check_gradients(arguments: Arguments) -> None:
+    for name, tensor in arguments.tensors.items():
+        if tensor.grad is not None:
             raise RuntimeError(
-                f"{name}: the function writes to it, and would change the graph's copy in place of "
-                "yours; let the function return the new value, or use the tensor from outside"
+                f"{name}: the function sets its .grad, which would be that of the graph's copy; "
+                "let the function return the gradient, or use the tensor from outside"
             )

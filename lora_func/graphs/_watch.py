@@ -3,7 +3,8 @@
 import traceback
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ _WAITS = {
     "unique_dim": _SIZE,
 }
 _COPIES = ("_to_copy", "copy_")
+_OVERWRITES = ("copy_", "normal_", "uniform_", "random_", "bernoulli_")
+_UNDECLARED = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
+"""The arguments that an operation writes to although its schema does not say so."""
+
 _FILLS = {
     "new_ones": 1,
     "new_zeros": 0,
@@ -35,7 +40,8 @@ _FILLS = {
 }
 
 
-class _Made(NamedTuple):
+@dataclass(slots=True)
+class _Made:
     """Memory that the function made.
 
     Attributes:
@@ -43,12 +49,14 @@ class _Made(NamedTuple):
         dtype: The dtype of the tensor for which it was made.
         run: The run in which it was made.
         fill: The number that it was filled with; None for other contents.
+        changes: True if a later run writes to it, so that it is state and no cache.
     """
 
     storage: "weakref.ref[torch.UntypedStorage]"
     dtype: torch.dtype
     run: int
     fill: int | None
+    changes: bool = False
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -58,9 +66,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         run: The number of the run, which the caller counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.run = 0
+        self._arguments = {_place(tensor): name for name, tensor in arguments.items()}
         self._made: dict[int, _Made] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -71,7 +80,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tensor.copy_(before)
             for made in self._made.values():
                 storage = made.storage()
-                if storage is not None and made.fill is not None:
+                if storage is not None and made.changes and made.fill is not None:
                     _whole(storage, made.dtype).fill_(made.fill)
 
     def __torch_dispatch__(
@@ -80,10 +89,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name in _WAITS or _takes_a_mask(name, args):
             raise _refusal(name, _WAITS.get(name, _SIZE))
+        given = _tensors((args, kwargs))
+        for tensor in given:
+            self._note_read(tensor)
         for tensor in _tensors(written_arguments(func, args, kwargs)):
-            self._note_write(tensor)
+            self._note_write(tensor, name)
+        for tensor in _tensors([args[i] for i in _UNDECLARED.get(name, ())]):
+            self._note_write(tensor, name)
         result = func(*args, **kwargs)
-        given, found = _tensors((args, kwargs)), _tensors(result)
+        found = _tensors(result)
         # a number on the CPU is an argument of the kernel, if it is not copied
         devices = {t.device for t in (*given, *found) if t.ndim or name in _COPIES}
         if len(devices) > 1:
@@ -96,20 +110,42 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._made[_place(tensor)] = made
         return result
 
-    def _note_write(self, tensor: Tensor) -> None:
-        place, storage = _place(tensor), tensor.untyped_storage()
-        made = self._made.get(place)
-        if made is None or made.storage() is not storage:
+    def _made_of(self, tensor: Tensor) -> _Made | None:
+        made = self._made.get(_place(tensor))
+        return made if made is not None and made.storage() is tensor.untyped_storage() else None
+
+    def _note_read(self, tensor: Tensor) -> None:
+        made = self._made_of(tensor)
+        if made is not None and 0 < made.run < self.run:
+            raise RuntimeError(
+                f"capture: the function keeps a tensor of shape {tuple(tensor.shape)} that it "
+                f"makes anew in each run ({_caller()}); the graph would read the first one for "
+                "good: write into one tensor (copy_, add_), or return the new one"
+            )
+
+    def _note_write(self, tensor: Tensor, name: str) -> None:
+        place, made = _place(tensor), self._made_of(tensor)
+        if place in self._arguments:
+            raise RuntimeError(
+                f"{self._arguments[place]}: the function writes to it, and would change the "
+                "graph's copy in place of yours; let the function return the new value, or use the "
+                "tensor from outside"
+            )
+        if made is None:
             if place not in self._before:
-                whole = _whole(storage, tensor.dtype)
+                whole = _whole(tensor.untyped_storage(), tensor.dtype)
                 self._before[place] = whole, whole.clone()
-        elif made.run < self.run and made.fill is None:
+        elif made.run == self.run:
+            made.fill = None if name in _OVERWRITES else made.fill
+        elif made.fill is None:
             raise RuntimeError(
                 f"capture: the function keeps a tensor of shape {tuple(tensor.shape)} that it made "
                 "in its first run, and writes to it in the next, as a gradient that adds up and "
                 f"some optimizers do ({_caller()}); call the function once before, so that the "
                 "tensor is there, or set gradients to None inside (zero_grad())"
             )
+        else:
+            made.changes = True
 
 
 def _takes_a_mask(name: str, args: Any) -> bool:
@@ -127,7 +163,8 @@ def _whole(storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    found = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in found if tensor.layout == torch.strided]
 
 
 def _refusal(name: str, why: str) -> RuntimeError:

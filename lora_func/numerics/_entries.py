@@ -120,7 +120,8 @@ def _matrix(values: Tensor, entries: Mapping[str, Tensor], shape: Sequence[int])
 def _places(entries: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     if "places" in entries:
         return entries["places"]
-    return entries["rows"] % shape[0] * shape[1] + (entries["columns"] % shape[1]).long()
+    rows, columns = entries["rows"].long() % shape[0], entries["columns"].long() % shape[1]
+    return rows * shape[1] + columns
 
 
 class _AddEntries(torch.autograd.Function):

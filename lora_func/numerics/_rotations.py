@@ -39,7 +39,7 @@ def cayley(X: Tensor) -> Tensor:
         # torch.linalg.solve has wrong second derivatives by jacrev of jacfwd (torch 2.13);
         # inv looks whether eye - X is singular, which it never is, and a GPU waits for that
         inverse: Tensor = torch.linalg.inv_ex(eye - X).inverse
-    return 2 * inverse @ X
+        return 2 * inverse @ X
 
 
 def rotate_blocks(x: Tensor, E: Tensor) -> Tensor:

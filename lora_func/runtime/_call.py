@@ -72,8 +72,7 @@ def call(
 ) -> Any:
     """Do what ``fcall`` does, as a part of another call if an origin is given."""
     args, kwargs = arguments(batch)
-    # of a layer that may be skipped, leaves that were prepared would get gradients of zeros
-    injected = injection(model, [params], prepares=strict, origin=origin)
+    injected = injection(model, [params], prepares=True, origin=origin)
     with injected.inside():
         output = injected.call(args, kwargs)
     if strict:

@@ -204,8 +204,8 @@ def injection(
         adapters: One adapter for all rows; with ``rows`` stacks of adapters.
         rows: Which rows belong to which adapter.
         detaches: Whether base parameters that require grad get no gradient.
-        prepares: Whether leaves are prepared now, for one call; later changes of them, or a site
-            that does not run, are then not allowed for.
+        prepares: Whether leaves are prepared now, for one call; later changes of them are then not
+            seen.
         origin: The call that this is a part of, if it is.
 
     Returns:

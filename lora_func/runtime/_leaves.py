@@ -25,11 +25,13 @@ class SiteLeaves:
         raw: The leaves, with the constants detached, and with dropout only if the module trains.
         ready: The same and what was prepared from them.
         dtype: The dtype of the activations for which it did; None if nothing was prepared.
+        training: The mode of the module when they were prepared, if it decides on dropout.
     """
 
     raw: Mapping[str, Tensor]
     ready: Mapping[str, Tensor]
     dtype: torch.dtype | None
+    training: bool | None = None
 
     def suited(self, x: Any) -> Mapping[str, Tensor]:
         """Return what ``apply`` takes with these activations."""
@@ -56,9 +58,12 @@ class AdapterLeaves:
 
     def at(self, sites: Iterable[Site]) -> list[SiteLeaves]:
         """Return the leaves of sites."""
-        return [self.prepared.get(site.place) or self._unprepared(site) for site in sites]
+        return [self._of(site) for site in sites]
 
-    def _unprepared(self, site: Site) -> SiteLeaves:
+    def _of(self, site: Site) -> SiteLeaves:
+        found = self.prepared.get(site.place)
+        if found is not None and found.training in (None, site.module.training):
+            return found
         raw = leaves_of(site, self.params)
         return SiteLeaves(raw, raw, None)
 
@@ -123,7 +128,8 @@ def _prepared(
         leaves = [raw for _, raw in alike]
         every = _prepare(alike[0][0], leaves, shape, dtype)
         for (site, raw), ready in zip(alike, every, strict=True):
-            found[site.place] = SiteLeaves(raw, ready, dtype)
+            training = site.module.training if DROPOUT in site.keys else None
+            found[site.place] = SiteLeaves(raw, ready, dtype, training)
     return found
 
 

@@ -60,7 +60,7 @@ class Sweep(NamedTuple):
         """
         args, kwargs, rows = fold_batch(self.batch, self.size, self.batched)
         own = Rows(self.sizes, rows)
-        injected = injection(self.model, self.stacks, own, prepares=self.strict, origin=self.origin)
+        injected = injection(self.model, self.stacks, own, prepares=True, origin=self.origin)
         _check_foldable(inner_model(self.model), injected.layouts)
         with injected.inside():
             output = injected.call(args, kwargs)
