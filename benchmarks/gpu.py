@@ -3,10 +3,11 @@
     python -m nox -s gpu
     python -m nox -s gpu -- --parts steps sweeps
 
-The models are Qwen3-shaped, of 0.6 and 8 billion parameters, in bfloat16 with random weights, and
-the adapters on all seven projections have rank 16. The floor is the frozen model's step, PEFT runs
-the same method, and a captured step is replayed by ``lf.capture``. The sides of each figure take
-turns in one process; figures are medians. The first part runs the tests that need a GPU.
+The models are Qwen3-shaped, of 0.6 and 8 billion parameters, in bfloat16 with random weights, with
+adapters on all seven projections, in the settings of the variants' trials. The floor is the frozen
+model's step, PEFT runs the same method, and a captured step is replayed by ``lf.capture``. The
+sides of each figure take turns in one process; figures are medians. The first part runs the tests
+that need a GPU.
 
 It takes less than eight minutes and writes ``results/gpu-NAME.json``. ``--toy 1`` runs small
 models, on a CPU too, where nothing is captured.
@@ -21,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from measuring import (
     PROJECTIONS,
@@ -33,6 +33,7 @@ from measuring import (
     peak_of,
     show,
     training_step,
+    trials,
     with_peft,
 )
 from torch import nn
@@ -45,25 +46,15 @@ VOCABULARY = 32_000
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("num_key_value_heads", "head_dim")
 SHAPES = {"0.6B": (1024, 3072, 28, 16, 8, 128), "8B": (4096, 12288, 36, 32, 8, 128)}
-TOY = (64, 128, 2, 4, 4, 16)
-METHODS: dict[str, tuple[lf.AdapterConfig, Callable[[], peft.PeftConfig]]] = {
-    "lora": (lf.LoRA(r=16), lambda: peft.LoraConfig(r=16)),
-    "pissa": (
-        lf.PiSSA(r=16, niter=4),
-        lambda: peft.LoraConfig(r=16, init_lora_weights="pissa_niter_4"),
-    ),
-    "dora": (lf.DoRA(r=16), lambda: peft.LoraConfig(r=16, use_dora=True)),
-    "delora": (lf.DeLoRA(r=16), lambda: peft.DeloraConfig(r=16)),
-    "vera": (lf.VeRA(r=256), lambda: peft.VeraConfig(r=256)),
-    "ia3": (lf.IA3(), lambda: peft.IA3Config(feedforward_modules=[])),
-    "road": (lf.ROAD(group_size=32), lambda: peft.RoadConfig(group_size=32)),
-    "hra": (lf.HRA(r=8), lambda: peft.HRAConfig(r=8)),
-    "oft": (
-        lf.OFT(block_size=32),
-        lambda: peft.OFTConfig(r=0, oft_block_size=32, use_cayley_neumann=False),
-    ),
-    "shira": (lf.SHiRA(r=16), lambda: peft.ShiraConfig(r=16)),
+TOY = (128, 384, 2, 8, 4, 16)
+METHODS = {
+    name: trial
+    for name, trial in trials().items()
+    # an exact decomposition of each layer takes minutes
+    if trial.peft and not trial.data and getattr(trial.config, "niter", 0) is not None
 }
+LORA = next(name for name, trial in METHODS.items() if type(trial.config) is lf.LoRA)
+LARGE = [name for name, trial in METHODS.items() if type(trial.config) in (lf.LoRA, lf.DoRA)]
 
 
 def qwen3(shape: str, options: Any, layers: int | None = None) -> Qwen3ForCausalLM:
@@ -82,11 +73,11 @@ def tokens(rows: int, length: int, options: Any) -> dict[str, torch.Tensor]:
 
 
 def adapter(model: nn.Module, name: str) -> lf.Params:
-    return lf.init(model, METHODS[name][0])
+    return lf.init(model, METHODS[name].config)
 
 
 def stack_of(model: nn.Module, adapters: int) -> lf.Params:
-    trained, constants = lf.partition(lf.stack([adapter(model, "lora")] * adapters))
+    trained, constants = lf.partition(lf.stack([adapter(model, LORA)] * adapters))
     return {key: leaf.detach().requires_grad_() for key, leaf in trained.items()} | constants
 
 
@@ -107,7 +98,7 @@ def steps(options: Any, shape: str = "0.6B", rows: int = 1, length: int = 64) ->
     for name in tqdm(options.methods, desc=f"steps, {shape}", unit="method"):
         params = adapter(model, name)
         ours = training_step(params, lambda p=params: lf.fcall(model, p, batch))
-        other = with_peft(qwen3(shape, options), METHODS[name][1]())
+        other = with_peft(qwen3(shape, options), METHODS[name].peft())
         theirs = training_step(dict(other.named_parameters()), lambda o=other: o(**batch).loss)
         sides = {"floor": floor, "ours": ours, "PEFT": theirs}
         sides |= {"captured floor": captured(floor, options), "captured": captured(ours, options)}
@@ -126,13 +117,13 @@ def steps(options: Any, shape: str = "0.6B", rows: int = 1, length: int = 64) ->
 
 
 def large_steps(options: Any) -> list[Row]:
-    options.methods = [name for name in options.methods if name in ("lora", "dora")]
+    options.methods = [name for name in options.methods if name in LARGE]
     return steps(options, "8B", 2, 1024)
 
 
 def sweeps(options: Any) -> list[Row]:
     model, found = qwen3("0.6B", options), []
-    params, other = adapter(model, "lora"), with_peft(qwen3("0.6B", options), METHODS["lora"][1]())
+    params, other = adapter(model, LORA), with_peft(qwen3("0.6B", options), METHODS[LORA].peft())
     for adapters, length in tqdm([(8, 128), (32, 128), (8, 1024)], desc="sweeps", unit="sweep"):
         stack, batch = stack_of(model, adapters), tokens(1, length, options)
         wide = {name: ids.repeat(adapters, 1) for name, ids in batch.items()}
@@ -187,9 +178,9 @@ def quantised(options: Any) -> list[Row]:
     found = []
     for kind, make in tqdm({"nf4": linear4, "int8": linear8}.items(), desc="quantised"):
         model, batch = base(make), tokens(2, 512, options)
-        params = adapter(model, "lora")
+        params = adapter(model, LORA)
         ours = training_step(params, lambda m=model, p=params, b=batch: lf.fcall(m, p, b))
-        other = with_peft(base(make), METHODS["lora"][1]())
+        other = with_peft(base(make), METHODS[LORA].peft())
         leaves = dict(other.named_parameters())
         theirs = training_step(leaves, lambda o=other, b=batch: o(**b).loss)
         row = {"base": kind, **milliseconds({"ours": ours, "PEFT": theirs}, options)}
@@ -201,7 +192,7 @@ def quantised(options: Any) -> list[Row]:
 
 def compiled(options: Any) -> list[Row]:
     model, batch = qwen3("0.6B", options, layers=4), tokens(1, 64, options)
-    params, second = ({k: v.detach() for k, v in adapter(model, "lora").items()} for _ in range(2))
+    params, second = ({k: v.detach() for k, v in adapter(model, LORA).items()} for _ in range(2))
     stacks = [lf.stack([one, one]) for one in (params, second)]
     calls = {
         "fcall": (lf.fcall, params, second),

@@ -25,6 +25,7 @@ PLAN = [
     ["starts"],
     ["overhead"],
     ["files"],
+    ["devices"],
     ["checkpointing"],
     ["quantised"],
 ]

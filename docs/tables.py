@@ -17,7 +17,7 @@ import lora_func as lf
 from lora_func.variants import all_variants
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/devices.md")
 PACKAGE = ROOT / "lora_func"
 
 
@@ -94,16 +94,8 @@ def packages() -> list[str]:
     rows = ["| module | what belongs there |", "|---|---|"]
     files = [PACKAGE / f"{name}.py" for name in ("version", "errors", "checks", "compat")]
     folders = ("modules", "configs", "weights", "variant", "numerics", "variants", "adapter")
-    folders += (
-        "targeting",
-        "runtime",
-        "initialization",
-        "sweep",
-        "graphs",
-        "export",
-        "files",
-        "peft",
-    )
+    folders += ("targeting", "runtime", "initialization", "sweep", "graphs", "export", "files")
+    folders += ("distributed", "peft")
     files += [PACKAGE / name / "__init__.py" for name in folders]
     for file in files:
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
@@ -113,7 +105,42 @@ def packages() -> list[str]:
     return rows
 
 
+BASES = {"8B": (8.0, 42e6, 32, 4096), "70B": (70.0, 207e6, 80, 8192)}
+"""Parameters in billions, trained numbers of a LoRA of rank 16 everywhere, layers, width."""
+
+ADAPTERS, TOKENS, BANDWIDTH, FLOPS = 256, 128, 200, 400e12
+"""Adapters, tokens of each, GB that a GPU receives in a second, operations in a second."""
+
+
+def devices() -> list[str]:
+    """The memory, the traffic and the time of the ways to use N GPUs, calculated."""
+    rows = ["| base | GPUs | way | base, GB | adapters, GB | traffic, GB | its s | arithmetic, s |"]
+    rows += ["|---|---|---|---|---|---|---|---|"]
+    for name, (billions, trained, layers, width) in BASES.items():
+        base, one = 2 * billions, 16 * trained / 1e9
+        activations = 4 * layers * ADAPTERS * TOKENS * width * 2 * 2 / 1e9
+        arithmetic = 4 * billions * 1e9 * ADAPTERS * TOKENS / FLOPS
+        for gpus in (8, 64):
+            ways = {
+                "replicate, split adapters": (base, one * ADAPTERS / gpus, 0.0),
+                "FSDP2, split adapters": (
+                    base / gpus + 2 * base / layers,
+                    one * ADAPTERS / gpus,
+                    2 * base,
+                ),
+                "replicate, one adapter, split rows": (base, one, trained * 8e-9),
+                "tensor parallel, all adapters": (base / gpus, one * ADAPTERS, activations),
+            }
+            for way, (held, own, received) in ways.items():
+                traffic = received * (gpus - 1) / gpus
+                cells = (f"{held:.0f}", f"{own:.1f}", f"{traffic:.1f}")
+                seconds = (f"{traffic / BANDWIDTH:.2f}", f"{arithmetic / gpus:.2f}")
+                rows.append(f"| {name} | {gpus} | {way} | {' | '.join((*cells, *seconds))} |")
+    return rows
+
+
 TABLES = {
+    "devices": devices,
     "variants": variants,
     "settings": settings,
     "properties": properties,

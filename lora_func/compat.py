@@ -215,6 +215,13 @@ OLD_FORWARD, HF_HOOK = "_old_forward", "_hf_hook"
 """Where accelerate keeps a module's forward while a hook stands in its place, and that hook."""
 
 
+def inner_forward_cell(forward: Any) -> Any:
+    """Return the cell in which transformers' tensor parallelism keeps a module's own forward."""
+    if not getattr(forward, "__qualname__", "").endswith("install_forward.<locals>.tp_forward"):
+        return None
+    return forward.__closure__[forward.__code__.co_freevars.index("original_forward")]
+
+
 def masking_module() -> Any:
     """Return the module, if imported, whose ``is_tracing`` says not to look into a mask."""
     return sys.modules.get("transformers.masking_utils")
@@ -232,11 +239,6 @@ def makes_inputs_require_grad(hook: Callable[..., Any]) -> bool:
 def is_cache(value: object) -> bool:
     """True for transformers' caches of keys and values, found by name."""
     return type(value).__module__.startswith("transformers.cache_utils")
-
-
-def never_calls(parent: nn.Module, name: str) -> bool:
-    """True if a parent only reads a child's weight, as Mamba-1's mixers do with ``dt_proj``."""
-    return name == "dt_proj" and hasattr(parent, "A_log") and hasattr(parent, "conv1d")
 
 
 # ------------------------------------------------------------------------------------ bitsandbytes

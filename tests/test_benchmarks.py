@@ -18,6 +18,7 @@ RUNS = {
     "starts": ["--widths", "64", "--repeats", "1"],
     "overhead": ["--sites", "2", "--repeats", "1", "--imports", "1"],
     "gpu": ["--toy", "1", "--repeats", "1", "--parts", "steps", "sweeps", "--methods", "lora"],
+    "devices": [*SMALL, "--tokens", "4", "--adapters", "2", "--repeats", "1"],
     "files": ["--MiB", "8", "--repeats", "1"],
 }
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, MambaConfig, MambaModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_func import compat
+from lora_func.targeting._targets import never_calls
 from lora_func.weights import is_conv1d
 from tests.support.families import FAMILIES
 from tests.support.models import make
@@ -195,8 +196,8 @@ def test_tensors_are_copied_together():
 def test_what_mamba_never_calls():
     config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=4)
     mixer = MambaModel(config).layers[0].mixer
-    assert compat.never_calls(mixer, "dt_proj")
-    assert not compat.never_calls(mixer, "x_proj")
+    assert never_calls(mixer, "dt_proj")
+    assert not never_calls(mixer, "x_proj")
 
 
 @pytest.mark.parametrize("name", compat.BITSANDBYTES_LAYERS[1])

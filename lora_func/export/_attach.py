@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from lora_func.compat import children_of, parameters_of
 from lora_func.export._parametrizations import Leaves, View, views_of
-from lora_func.modules import inner_model, shared_parameters
+from lora_func.modules import inner_model, shared_parameters, whole
 from lora_func.runtime import Site, check_idle, check_single
 from lora_func.variant import Params
 
@@ -35,7 +35,7 @@ class Attached:
     def params(self) -> Params:
         """Return the current adapter: new tensors, in the form that ``init`` gives."""
         return {
-            key: getattr(leaves, name).detach().clone().requires_grad_(not name.startswith("_"))
+            key: whole(getattr(leaves, name)).detach().clone().requires_grad_(name[0] != "_")
             for key, (leaves, name) in self._leaves.items()
         }
 

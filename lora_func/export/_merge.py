@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.checks import check_choice
-from lora_func.modules import inner_model, original_parameters, shared_parameters
+from lora_func.modules import inner_model, original_parameters, shared_parameters, whole
 from lora_func.runtime import Replacement, Site, check_single, replacements
 from lora_func.weights import affine, dense, is_quantised, loaded
 
 
 def merge(
-    model: nn.Module, params: Mapping[str, Tensor], *, tied: Literal["error", "untie"] = "error"
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    *,
+    tied: Literal["error", "untie"] = "error",
+    ranks: Literal["all", 0] = "all",
 ) -> dict[str, Tensor]:
     """Compute the state dict with which the model does what it does with the adapter.
 
@@ -27,6 +31,8 @@ def merge(
         params: The adapter.
         tied: What to do if an adapter changes one place of a tied weight: "error", or "untie".
             After "untie" the places differ, and the model must load them untied.
+        ranks: Who gets the result, if the base is sharded over ranks, which all call this: "all",
+            or rank 0 alone; the others then get an empty dict.
 
     Returns:
         New tensors under the names of ``model.state_dict()``, and one more for each new bias. Names
@@ -47,6 +53,7 @@ def merge(
         <All keys matched successfully>
     """
     check_choice("tied", tied, ("error", "untie"))
+    check_choice("ranks", ranks, ("all", 0))
     model = inner_model(model)
     with torch.no_grad():
         sites = check_single(params, model).sites
@@ -60,7 +67,12 @@ def merge(
         for module, new, _ in changed:
             for name, tensor in new.items():
                 state.update(dict.fromkeys(names[id(module), name], copies[id(tensor)]))
-    return state
+    return state if ranks == "all" or _rank() == 0 else {}
+
+
+def _rank() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if there else 0
 
 
 def _check_tied_sites(sites: Iterable[Site]) -> None:
@@ -100,7 +112,8 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
         if prefix is not None and key == f"{prefix}weight":
             state[key] = weights[id(quantised[prefix])]
         elif prefix is None or key == f"{prefix}bias":
-            copied = tensor.detach().clone() if isinstance(tensor, Tensor) else deepcopy(tensor)
+            is_tensor = isinstance(tensor, Tensor)
+            copied = whole(tensor).detach().clone() if is_tensor else deepcopy(tensor)
             state[key] = copies.setdefault(id(tensor), copied)
     return state
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.modules import inner_model, original_parameters
+from lora_func.modules import inner_model, original_parameters, whole
 from lora_func.runtime import Site, layout_of
 from lora_func.weights import is_quantised, loaded, packed
 
@@ -78,7 +78,7 @@ def _weight(site: Site) -> tuple[str, torch.Size, str, Tensor]:
 
 
 def _sampled(tensor: Tensor) -> str:
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor).detach().reshape(-1)
     count = min(len(flat), _SAMPLES)
     places = [i * (len(flat) - 1) // max(count - 1, 1) for i in range(count)]
     values = flat[torch.tensor(places, dtype=torch.int64, device=flat.device)].cpu().contiguous()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -10,17 +10,14 @@ from tqdm import tqdm
 
 from lora_func.adapter import SHARED, Key, check_site
 from lora_func.configs import AdapterConfig
-from lora_func.initialization._calibration import Observer, calibrate
+from lora_func.initialization._statistics import Named, gather_statistics
 from lora_func.initialization._weights import device_of, frozen_weight
 from lora_func.modules import attached_path, find_site, inner_model
 from lora_func.runtime import LossFn, check_unattached
 from lora_func.targeting import Target, find_targets
 from lora_func.variant import Params, Variant
 from lora_func.variants import by_config
-from lora_func.weights import is_linear, is_stack, loaded, matrices
-
-Named: TypeAlias = tuple[AdapterConfig, Sequence[Target]]
-"""A config and the sites that it names."""
+from lora_func.weights import is_stack, loaded, matrices
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +30,7 @@ def init(
     dtype: torch.dtype = torch.float32,
     data: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
+    group: Any = None,
 ) -> Params:
     r"""Make an adapter, with which the model still computes what it did without it.
 
@@ -51,6 +49,7 @@ def init(
             negative) of batches for configs that compare. The model runs over them once, in
             eval mode; ``attention_mask`` leaves out padding.
         loss_fn: As for ``fcall``, for configs that learn from gradients.
+        group: Ranks of torch.distributed, each with its own part of the data; all get one start.
 
     Returns:
         ``"{site}.{variant}.{leaf}" -> tensor``, each on the device of its site's weight. Trained
@@ -85,20 +84,19 @@ def init(
     if not configs:
         raise ValueError("cfg: got no config")
     with torch.inference_mode(False):  # an inference tensor could not be trained
-        return _make(model, configs, seed, dtype, data, loss_fn)
+        named = [(config, find_targets(model, config).sites) for config in configs]
+        _check_overlaps(named)
+        stats = {} if data is None else gather_statistics(model, named, data, loss_fn, group)
+        return _make(model, named, seed, dtype, stats)
 
 
 def _make(
     model: nn.Module,
-    configs: Sequence[AdapterConfig],
+    named: Sequence[Named],
     seed: int,
     dtype: torch.dtype,
-    data: Iterable[Any] | None,
-    loss_fn: LossFn | None,
+    stats: Mapping[str, Any],
 ) -> Params:
-    named = [(config, find_targets(model, config).sites) for config in configs]
-    _check_overlaps(named)
-    stats = {} if data is None else _statistics(model, named, data, loss_fn)
     params: Params = {}
     for config, targets in named:
         variant = by_config(config)
@@ -109,40 +107,6 @@ def _make(
                 )
             params[str(key)] = leaf
     return params
-
-
-def _statistics(
-    model: nn.Module, named: Sequence[Named], data: Iterable[Any], loss_fn: LossFn | None
-) -> dict[str, Any]:
-    takers = [
-        (config, targets, observe)
-        for config, targets in named
-        if config.calibration is not None and (observe := by_config(config).observe) is not None
-    ]
-    kinds = {type(config).__name__: config.calibration for config, _, _ in takers}
-    if len({*kinds.values()}) != 1:
-        raise ValueError(
-            f"data: taken by {kinds or 'none of the configs'}, of one kind at a time; init them "
-            "apart, each with its own data, and join the dicts"
-        )
-    for _, targets, _ in takers:
-        for target in targets:
-            _check_observable(model, target.site)
-    observers = {
-        target.site: Observer(observe, config)
-        for config, targets, observe in takers
-        for target in targets
-    }
-    return calibrate(model, observers, data, loss_fn)
-
-
-def _check_observable(model: nn.Module, site: str) -> None:
-    module, parameter = find_site(model, site)
-    if parameter is not None or not is_linear(module):
-        raise TypeError(
-            f"{site}: data is gathered at the inputs of linear layers, this is a "
-            f"{type(module).__name__}; leave it out"
-        )
 
 
 def _leaves(

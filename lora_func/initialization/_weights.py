@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_func.compat import parameters_of
-from lora_func.modules import find_site
+from lora_func.modules import find_site, whole
 from lora_func.targeting import Target
 from lora_func.weights import affine, check_not_computed, is_linear, is_offloaded, matrix
 
@@ -30,7 +30,7 @@ def frozen_weight(model: nn.Module, target: Target) -> Any:
     """
     module, parameter = find_site(model, target.site)
     if target.parameters:
-        own = {name: getattr(module, name) for name in target.parameters}
+        own = {name: whole(getattr(module, name)) for name in target.parameters}
         for tensor in own.values():
             _check_data(target.site, module, tensor)
         return own

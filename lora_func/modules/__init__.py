@@ -11,6 +11,14 @@ from lora_func.modules._paths import (
     named_parameters,
 )
 from lora_func.modules._places import Place, shared_parameters
+from lora_func.modules._spread import (
+    Sharding,
+    is_partitioned,
+    is_spread,
+    old_sharding,
+    sharding,
+    whole,
+)
 from lora_func.modules._structure import Structure, identities, structure
 from lora_func.modules._tracking import (
     AdaptedSource,
@@ -28,6 +36,7 @@ __all__ = [
     "Place",
     "ReadTracker",
     "ReplacedParameters",
+    "Sharding",
     "Structure",
     "attached_path",
     "called_model",
@@ -35,9 +44,14 @@ __all__ = [
     "identities",
     "inner_model",
     "inner_parameters",
+    "is_partitioned",
+    "is_spread",
     "named_parameters",
     "offloading_hook",
+    "old_sharding",
     "original_parameters",
+    "sharding",
     "shared_parameters",
     "structure",
+    "whole",
 ]

@@ -1,7 +1,9 @@
 """Paths: of modules, of parameters, of an attached adapter, and inside of torch's wrappers."""
 
+import warnings
 from collections.abc import Iterator
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_func.compat import parameters_of, uncompiled
@@ -43,6 +45,16 @@ def attached_path(model: nn.Module) -> str | None:
 
 def called_model(model: nn.Module) -> nn.Module:
     """Return the module to call: data parallelism serves the module's own gradients alone."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1:
+        warnings.warn(
+            "DistributedDataParallel around the base does not average the gradients of an adapter; "
+            "give fcall and vcall lora_func.distributed.synced(params)",
+            stacklevel=2,
+        )
+    return _without_data_parallelism(model)
+
+
+def _without_data_parallelism(model: nn.Module) -> nn.Module:
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     return model
@@ -50,7 +62,7 @@ def called_model(model: nn.Module) -> nn.Module:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """Return the model inside of torch's wrappers, whose paths are those of an adapter's keys."""
-    inner = called_model(uncompiled(model))
+    inner = _without_data_parallelism(uncompiled(model))
     return model if inner is model else inner_model(inner)
 
 

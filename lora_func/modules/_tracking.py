@@ -3,9 +3,11 @@
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from lora_func.compat import HF_HOOK, children_of, parameters_of
+from lora_func.modules._spread import is_spread
 
 
 class AttachedView(nn.Module):
@@ -76,14 +78,18 @@ class ReplacedParameters(ReadTracker):
         used_by: Name -> the keys of the adapter that reading it uses.
         unused: The keys that nothing has used yet; reading removes some.
         stand_ins: Name -> what code outside the module reads for a parameter without data.
+        sharded: True if FSDP2 stores here what it gathers, and what it reads must be its own.
     """
 
-    __slots__ = ("stand_ins", "unused", "used_by")
+    __slots__ = ("sharded", "stand_ins", "unused", "used_by")
     used_by: Mapping[str, Collection[str]]
     unused: set[str]
     stand_ins: Mapping[str, Any]
+    sharded: bool
 
     def __getitem__(self, name: str) -> Any:
+        if self.sharded and name in self.used_by and is_spread(self.original[name]):
+            return self.original[name]
         found = super().__getitem__(name)
         stand_in = self.stand_ins.get(name)
         if stand_in is None:
@@ -97,9 +103,16 @@ class ReplacedParameters(ReadTracker):
         return dict.__getitem__(self, name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Store a parameter, unless a hook loads the one that is replaced."""
+        """Store a parameter, unless a hook loads or gathers the one that is replaced."""
         before = self.original.get(name)
-        if name not in self.used_by or before is None or not before.is_meta:
+        if self.sharded and name in self.used_by:
+            self.original[name] = value
+            kept = self.inner(name)
+            if kept.dtype != value.dtype:
+                with torch.enable_grad():  # FSDP2 gathers without gradients
+                    kept = kept.to(value.dtype)
+                dict.__setitem__(self, name, kept)
+        elif name not in self.used_by or before is None or not before.is_meta:
             super().__setitem__(name, value)
 
 

@@ -20,6 +20,7 @@ from lora_func.numerics._linalg import (
 from lora_func.numerics._moments import (
     Components,
     Moments,
+    join_moments,
     observe_moments,
     principal_components,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "dropout_leaf",
     "dropout_setting",
     "is_eager",
+    "join_moments",
     "kaiming_uniform",
     "low_rank_difference",
     "low_rank_norm",

@@ -77,6 +77,17 @@ def principal_components(moments: Moments, center: bool) -> Components:
     return Components(rows * largest.sign(), values / total)
 
 
+def join_moments(first: Moments, second: Moments) -> Moments:
+    """Join the moments of two sets of rows, by the pairwise update of Chan et al."""
+    tokens = first.tokens + second.tokens
+    if not tokens:
+        return first
+    apart, share = second.mean - first.mean, second.tokens / tokens
+    scatter = first.scatter + second.scatter
+    scatter = scatter.addr(apart, apart, alpha=first.tokens * share)
+    return Moments(tokens, first.mean + apart * share, scatter)
+
+
 def observe_moments(cfg: Any, acc: Moments | None, x: Tensor, gy: object) -> Moments:
     """Add rows to the moments, by the pairwise update of Chan et al., which does not cancel.
 

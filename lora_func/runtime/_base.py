@@ -11,9 +11,10 @@ from lora_func.modules import (
     AdaptedSource,
     ReadTracker,
     ReplacedParameters,
+    is_spread,
     original_parameters,
 )
-from lora_func.runtime._overrides import adapted_tensor
+from lora_func.runtime._overrides import CallState, adapted_tensor
 from lora_func.runtime._replacements import Replacement
 
 
@@ -35,7 +36,7 @@ def tracker_of(
     detaches: bool,
     source: AdaptedSource | None,
     replaced: Replacement | None,
-    unused: set[str] | None,
+    call: CallState,
 ) -> ReadTracker:
     """Make the dict that holds a module's parameters during a call.
 
@@ -44,7 +45,7 @@ def tracker_of(
         detaches: Whether its parameters get no gradient.
         source: Gives the adapted parameters to code outside the module, if they are computed.
         replaced: The parameters that are replaced for the whole call, if any.
-        unused: The keys that nothing has used yet.
+        call: The call.
 
     Returns:
         The tracker.
@@ -64,7 +65,9 @@ def tracker_of(
             for name, new in replaced.new.items()
             if original[name] is not None and original[name].is_meta
         }
-        tracker.used_by, tracker.unused = replaced.keys, set() if unused is None else unused
+        tracker.used_by = replaced.keys
+        tracker.sharded = id(module) in call.sharding.gathered
+        tracker.unused = set() if call.unused is None else call.unused
     if detaches:
         for name, parameter in original.items():
             kept = replaced is not None and name in replaced.new
@@ -72,6 +75,8 @@ def tracker_of(
                 frozen: Any = detached(parameter)
                 frozen.lent = None, parameter
                 dict.__setitem__(tracker, name, frozen)
+    if id(module) in call.sharding.flattened:
+        source = None  # FSDP1 reads its own parts
     tracker.original, tracker.source = original, source
     return tracker
 
@@ -102,14 +107,22 @@ def trainable_parameters(
 
     Returns:
         Name -> parameter.
+
+    Raises:
+        ValueError: If one is spread over devices: its gradient cannot be left out for a call.
     """
     taken = {id(original_parameters(one.module)[name]) for one in replaced for name in one.new}
     found = {}
     for path, module in model.named_modules():
-        if id(module) in skipped:
-            continue
         prefix = f"{path}." if path else ""
         for name, parameter in original_parameters(module).items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in taken:
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if is_spread(parameter):
+                raise ValueError(
+                    f"{prefix}{name}: is spread over devices and requires grad; freeze the model "
+                    "before it is sharded: model.requires_grad_(False), then fully_shard"
+                )
+            if id(module) not in skipped and id(parameter) not in taken:
                 found[prefix + name] = parameter
     return found

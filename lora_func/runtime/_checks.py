@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_func.adapter import check_leaves, size_of
 from lora_func.compat import transformed
 from lora_func.errors import BusyModelError
-from lora_func.modules import inner_model, original_parameters
+from lora_func.modules import inner_model, old_sharding, original_parameters
 from lora_func.runtime._layout import ModelLayout, layout_of, present
 
 
@@ -29,15 +29,21 @@ def check_unattached(model: nn.Module, attached: str | None) -> None:
         )
 
 
-def check_transformable(layout: ModelLayout) -> None:
+def check_transformable(layout: ModelLayout, model: nn.Module) -> None:
     """Check that a model can run under the transforms that are active.
 
     Raises:
-        RuntimeError: If a layer would write its running statistics, a quantised layer has its own
-            forward, or activations are checkpointed while compiling.
+        RuntimeError: If FSDP1 or ZeRO-3 shards it, a layer would write its running statistics, a
+            quantised layer has its own forward, or activations are checkpointed while compiling.
     """
     if not transformed():
         return
+    engine = None if torch.compiler.is_compiling() else old_sharding(model)
+    if engine is not None:
+        raise RuntimeError(
+            f"{type(model).__name__}: is sharded by {engine}, which no transform of torch.func can "
+            "run; use autograd, or fully_shard (FSDP2)"
+        )
     if layout.unknown_quantised:
         raise RuntimeError(
             f"{layout.unknown_quantised[0][0]}: derives from a quantised layer of bitsandbytes and "

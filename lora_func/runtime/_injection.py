@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_func.compat import PARAMETERS, transformed
-from lora_func.modules import called_model, inner_model, original_parameters
+from lora_func.modules import called_model, inner_model, original_parameters, sharding
 from lora_func.runtime._base import PartOfCall, detached, tracker_of, trainable_parameters
 from lora_func.runtime._checkpoint import intercepted_checkpoints
 from lora_func.runtime._checks import check_single_axes, check_transformable, check_unattached
@@ -20,6 +20,7 @@ from lora_func.runtime._leaves import AdapterLeaves, leaves_for_call
 from lora_func.runtime._losses import LossPerAdapter, Rows
 from lora_func.runtime._notes import noted
 from lora_func.runtime._overrides import CallState, ForwardOverride, override_forward
+from lora_func.runtime._parallel import InnerForward
 from lora_func.runtime._patches import Patch, patched
 from lora_func.runtime._replacements import Replacement, replaced_for_call
 from lora_func.runtime._rows import Part, PassThrough, StackedForward
@@ -42,8 +43,8 @@ class Injection:
         model: The model, as the caller gave it.
         layouts: The layout of each adapter.
         adapters: One adapter for all rows; with ``rows`` stacks of adapters.
-        leaves: The leaves of each adapter, which a repetition without other tensors shares.
-        prepares: Whether the leaves were prepared before the model runs.
+        leaves: The leaves of each adapter; a repetition without other tensors shares them.
+        prepares: Whether they were prepared.
         rows: Which rows belong to which adapter; None for one adapter.
         unused: For each adapter, the keys that nothing has used yet; None while compiling.
         detaches: True if base parameters get no gradient.
@@ -117,7 +118,7 @@ class Injection:
     def inside(self) -> Iterator[None]:
         """Inject the adapter; afterwards the model is what it was, whatever happened."""
         compiling, again = torch.compiler.is_compiling(), is_active(self.origin)
-        call = CallState(self.unused[0], None if compiling else self.losses)
+        call = CallState(self.unused[0], None if compiling else self.losses, sharding(self.model))
         patches = self._compiled_patches(call) if compiling else self._patches(call)
         try:
             with (
@@ -133,8 +134,8 @@ class Injection:
         yield from self.settings
         token, layout = object(), self.layouts[0]
         changed = frozenset[int]().union(*(layout.changed for layout in self.layouts))
-        modules, thread = layout.structure.identities, threading.get_ident()
-        yield active, token, ActiveCall(changed, modules, self.origin, self, thread)
+        settings = (layout.structure.identities, self.origin, self, threading.get_ident())
+        yield active, token, ActiveCall(changed, *settings)
         check_first(token)
         if transformed():
             yield from transformable(self.model)
@@ -143,14 +144,17 @@ class Injection:
         replaced = {id(one.module): one for one in self.replaced}
         for patch in self._overrides(call):
             yield patch
-            own, _, override = patch
+            place, _, override = patch
+            if isinstance(place, InnerForward):
+                yield vars(override.module), "forward", place.run_recorded
             if isinstance(override, (SingleForward, StackedForward)):
                 module = override.module
-                one = replaced.pop(id(module), None) if replaced else None
-                yield own, PARAMETERS, tracker_of(module, self.detaches, override, one, call.unused)
+                one = replaced.pop(id(module), None)
+                own = tracker_of(module, self.detaches, override, one, call)
+                yield vars(module), PARAMETERS, own
         for one in replaced.values():
-            tracker = tracker_of(one.module, self.detaches, None, one, call.unused)
-            yield vars(one.module), PARAMETERS, tracker
+            own = tracker_of(one.module, self.detaches, None, one, call)
+            yield vars(one.module), PARAMETERS, own
 
     def _compiled_patches(self, call: CallState) -> Iterator[Patch]:
         yield from self._overrides(call)
@@ -162,11 +166,9 @@ class Injection:
         """The forwards that modules run in place of their own."""
         rows = self.rows
         for path, reference in self.layouts[0].quantised:
-            module = reference()
-            if module is not None and rows is None:
-                yield override_forward(module, path, ForwardOverride)
-            elif module is not None:
-                yield override_forward(module, path, PassThrough, rows)
+            settings = (ForwardOverride,) if rows is None else (PassThrough, rows)
+            if (module := reference()) is not None:
+                yield override_forward(module, path, *settings)
         yield from self._single(call) if rows is None else self._stacked(rows, call)
 
     def _single(self, call: CallState) -> Iterator[Patch]:
@@ -204,8 +206,7 @@ def injection(
         adapters: One adapter for all rows; with ``rows`` stacks of adapters.
         rows: Which rows belong to which adapter.
         detaches: Whether base parameters that require grad get no gradient.
-        prepares: Whether leaves are prepared now, for one call; later changes of them are then not
-            seen.
+        prepares: Whether leaves are prepared now, and later changes of them are not seen.
         origin: The call that this is a part of, if it is.
 
     Returns:
@@ -221,11 +222,10 @@ def injection(
     model = called_model(model)
     layouts = tuple(layout_of(inner_model(model), adapter) for adapter in adapters)
     adapters = tuple({**adapter} for adapter in adapters)
-    if layouts[0].sites:
-        check_unattached(model, layouts[0].attached)
+    check_unattached(model, layouts[0].attached if layouts[0].sites else None)
     if rows is None:
         check_single_axes(layouts[0], adapters[0])
-    check_transformable(layouts[0])
+    check_transformable(layouts[0], model)
     compiling = torch.compiler.is_compiling()
     replaced: tuple[Replacement, ...] = ()
     if rows is None:  # rows of different adapters have their own parameters, module by module
@@ -243,7 +243,7 @@ def injection(
         modules += [one.module for one in replaced]
         tracked = set() if compiling else {id(module) for module in modules}
         frozen = trainable_parameters(model, tracked, replaced)
-    losses = None if rows is None else LossPerAdapter(rows)
     leaves = leaves_for_call(model, layouts, adapters, prepares, rows)
+    losses = None if rows is None else LossPerAdapter(rows)
     state = (unused, detaches, frozen, replaced, settings, losses, origin)
     return Injection(model, layouts, adapters, leaves, prepares, rows, *state)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lora_func.compat import IS_PARAMETER, OLD_FORWARD, tree_map_only, without_torch_function
 from lora_func.errors import BusyModelError, UnusedLeafError
+from lora_func.modules import Sharding, is_spread
 from lora_func.runtime._losses import LossPerAdapter
+from lora_func.runtime._parallel import inner_forward
 from lora_func.runtime._patches import Patch
 from lora_func.weights import affine, is_packed, is_quantised, linear
 
@@ -45,12 +47,14 @@ class CallState:
         unused: The keys of the first adapter that nothing has used yet; None while compiling.
         losses: The mode that splits losses by adapter, if several adapters share the call; an
             adapted module computes no loss.
+        sharding: The modules whose parameters an engine shards.
         live: False after the call: an override that a shallow copy has kept then runs the
             original forward.
     """
 
     unused: set[str] | None
     losses: LossPerAdapter | None
+    sharding: Sharding
     live: bool = True
 
 
@@ -122,14 +126,18 @@ def override_forward(
     own = module.__dict__
     slot = OLD_FORWARD if OLD_FORWARD in own else "forward"
     found = own.get(slot)
+    place: Any = own
+    inner = inner_forward(found)
+    if inner is not None:
+        place, found = inner, inner.get(slot, None)
     if isinstance(found, ForwardOverride):
         found = found.replaced
-    elif found is not None and slot == "forward":
+    elif found is not None and slot == "forward" and inner is None:
         raise TypeError(
             f"{path}: its forward was replaced on the instance, by {found!r}, which would be "
             "bypassed; remove that, or leave an adapted site out of the adapter"
         )
-    return own, slot, kind(found, module, path, *settings)
+    return place, slot, kind(found, module, path, *settings)
 
 
 class AdaptedTensor(Tensor):
@@ -206,6 +214,8 @@ def adapted_tensor(
     """
     if stored is None or is_packed(stored):
         return stored
+    if is_spread(stored):
+        return compute()
     unknown = stored.detach().new_full((), torch.nan).expand(stored.shape)
     found = unknown.as_subclass(AdaptedTensor)
     found.compute, found.lookup = compute, lookup

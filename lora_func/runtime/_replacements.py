@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lora_func.modules import shared_parameters
+from lora_func.modules import original_parameters, shared_parameters
 from lora_func.runtime._layout import ModelLayout
 from lora_func.runtime._leaves import leaves_of
 from lora_func.runtime._site import Site
@@ -47,10 +47,11 @@ def replacements(
     changed: dict[int, Replacement] = {}
     places = shared_parameters(model)
     for site in sites:
-        module = site.module
-        new = effective_parameters(site, dense_parameters(site), leaves_of(site, params))
+        module, replaces = site.module, site.variant.parameters is not None
+        # whoever replaces a parameter needs none of its values
+        own = original_parameters(module) if replaces else dense_parameters(site)
+        new = effective_parameters(site, own, leaves_of(site, params))
         for name, tensor in new.items():
-            replaces = site.variant.parameters is not None
             keys = (site.keys[name],) if replaces else site.known
             here = [(module, name)]
             for holder, alias in places.get((module, name), here) if site.everywhere else here:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lora_func.compat import tree_flatten, tree_unflatten
 from lora_func.errors import FoldError
-from lora_func.runtime._leaves import AdapterLeaves
+from lora_func.modules import is_spread
+from lora_func.runtime._leaves import AdapterLeaves, SiteLeaves
 from lora_func.runtime._losses import PausedMode, Rows
 from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
 from lora_func.runtime._site import Site, runs_apply
@@ -79,6 +80,8 @@ class StackedForward(ForwardOverride):
 
     def adapt(self, name: str, stored: Any) -> Any:
         """Refuse code outside the module that computes with an adapted parameter."""
+        if is_spread(stored) and id(self.module) in self.call.sharding.gathered:
+            return stored  # FSDP2 reads its own shard
         sites = [site for part in self.parts for site in part.sites]
         changes = self.call.live and any(name in site.changed_names for site in sites)
         return adapted_tensor(stored, self._refuse) if changes else stored
@@ -138,10 +141,10 @@ def _run_part(
     if part.unused is not None:
         part.unused.difference_update(*(site.known for site in part.sites))
 
-    def one(leaves: Sequence[Mapping[str, Tensor]], x: Tensor) -> Any:
+    def one(adapter: Sequence[Mapping[str, Tensor]], x: Tensor) -> Any:
         if not part.sites:
             return run_base(module, base, x)
-        return run_apply(part.sites, module, leaves, x)
+        return run_apply(part.sites, module, [SiteLeaves(own, own, None) for own in adapter], x)
 
     if not part.sites or runs_apply(part.sites, module):
         (x,) = values
@@ -176,8 +179,7 @@ def _run_stack(part: Part, module: nn.Module, x: Tensor) -> Tensor:
     if part.unused:
         part.unused.difference_update(site.known)
     rows = x.reshape(part.size, -1 if x.numel() else 0, x.shape[-1])
-    (leaves,) = part.leaves.at(part.sites)
-    y = run_apply(part.sites, module, [leaves.suited(x)], rows)
+    y = run_apply(part.sites, module, part.leaves.at(part.sites), rows)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

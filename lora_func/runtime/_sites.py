@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.compat import PARAMETERS
-from lora_func.modules import inner_parameters
+from lora_func.modules import inner_parameters, is_spread
 from lora_func.runtime._leaves import AdapterLeaves, SiteLeaves
 from lora_func.runtime._operands import lookup, run_by_products
 from lora_func.runtime._overrides import CallState, Forward, ForwardOverride, adapted_tensor
+from lora_func.runtime._parallel import lifted
 from lora_func.runtime._patches import patched
 from lora_func.runtime._site import Site, runs_apply, runs_by_products
 from lora_func.runtime._views import check_no_dropout, dense_parameters, effective_parameters
@@ -42,7 +43,7 @@ def run_sites(
     """
     if runs_apply(sites, module):
         (x,) = (*args, *kwargs.values())
-        return run_apply(sites, module, [own.suited(x) for own in leaves], x)
+        return run_apply(sites, module, leaves, x)
     own = inner_parameters(module)
     if len(sites) == 1 and runs_by_products(sites[0], module):
         (x,) = (*args, *kwargs.values())
@@ -55,25 +56,26 @@ def run_sites(
 
 
 def run_apply(
-    sites: Sequence[Site], module: nn.Module, leaves: Sequence[Mapping[str, Tensor]], x: Tensor
+    sites: Sequence[Site], module: nn.Module, leaves: Sequence[SiteLeaves], x: Tensor
 ) -> Tensor:
     """Run the ``apply`` of a module's variant.
 
     Args:
         sites: The module's sites: one, or a second one that trains the bias.
         module: A module that ``runs_apply`` accepts.
-        leaves: The leaves of each site, or what was prepared from them.
+        leaves: The leaves of each site.
         x: Activations, shape (..., d_in).
 
     Returns:
         Shape (..., d_out).
     """
-    W = affine(module, sites[0].path)
-    if len(sites) == 1:
-        return sites[0].variant.apply(W, leaves[0], x)
-    first = 0 if sites[0].variant.parameters is None else 1
-    bias = leaves[1 - first]["bias"].to(W.dtype)
-    return sites[first].variant.apply(W._replace(bias=bias), leaves[first], x)
+    W, first = affine(module, sites[0].path), 0
+    if len(sites) > 1:
+        first = 0 if sites[0].variant.parameters is None else 1
+        W = W._replace(bias=leaves[1 - first].raw["bias"].to(W.dtype))
+    site, own = sites[first], leaves[first]
+    suited = lifted(site, own, W, x) if is_spread(W.weight) else own.suited(x)
+    return site.variant.apply(W, suited, x)
 
 
 def _table(site: Site, own: Mapping[str, Any], leaves: SiteLeaves) -> dict[str, Tensor] | None:
@@ -143,6 +145,8 @@ class SingleForward(ForwardOverride):
 
     def adapt(self, name: str, stored: Any) -> Any:
         """Give code outside the module the adapted parameter in place of a stored one."""
+        if is_spread(stored) and id(self.module) in self.call.sharding.gathered:
+            return stored  # FSDP2 reads its own shard
         changes = self.call.live and any(name in site.changed_names for site in self.sites)
         return adapted_tensor(stored, partial(self._adapted, name)) if changes else stored
 

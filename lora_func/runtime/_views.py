@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.adapter import SHARED, parse
-from lora_func.modules import original_parameters
+from lora_func.modules import original_parameters, whole
 from lora_func.numerics import DROPOUT
 from lora_func.runtime._site import Site
 from lora_func.variant import WeightFn
@@ -145,7 +145,7 @@ def check_no_dropout(site: Site, leaves: Mapping[str, Tensor]) -> None:
 
 
 def dense_parameters(site: Site) -> dict[str, Any]:
-    """Return the parameters of a site's module without an adapter: detached, dequantised, loaded.
+    """Return the parameters of a site's module without an adapter: detached, dense, loaded, whole.
 
     Args:
         site: The site.
@@ -155,7 +155,7 @@ def dense_parameters(site: Site) -> dict[str, Any]:
     """
     with loaded(site.module):
         own = original_parameters(site.module)
-        base = {name: None if p is None else p.detach() for name, p in own.items()}
+        base = {name: None if p is None else whole(p).detach() for name, p in own.items()}
         if is_quantised(site.module):
             base["weight"] = dense(affine(site.module, site.path))
         return base

@@ -11,10 +11,12 @@ from lora_func.checks import check_choice, check_count
 from lora_func.errors import FoldError
 from lora_func.runtime import LossFn, joined, stack_size
 from lora_func.runtime import stacked as stacked_trees
+from lora_func.sweep._agreement import beside, is_sharded, largest
 from lora_func.sweep._batching import batch_of, check_batched_axes
 from lora_func.sweep._caches import check_no_cache
 from lora_func.sweep._clipping import as_list
 from lora_func.sweep._fold import Sweep
+from lora_func.sweep._spread import is_spread_over_adapters, run_own_part
 from lora_func.sweep._verification import verify
 
 Stack: TypeAlias = Mapping[str, Tensor]
@@ -45,6 +47,8 @@ def vcall(
         model: The model. Its rows must not depend on each other.
         stacked: A result of ``stack``; or a list of stacks and adapters, of any variants, in the
             order of the results. Adapters with the same keys that follow one another are stacked.
+            A stack of DTensors with ``Shard(0)`` runs on each rank the adapters that it has; its
+            results are DTensors too.
         batch: As for ``fcall``, with the rows on the first axis of every tensor; a tensor with a
             single row is shared by all rows.
         loss_fn: Called as ``loss_fn(output, batch)`` for each adapter, with the output that the
@@ -94,14 +98,25 @@ def vcall(
     check_no_cache(batch)
     if batched:
         check_batched_axes(batch, sum(sizes))
-    pieces = []
-    counts: list[int] = []
-    for share, of_each, place in _shares(stacks, sizes, chunk or sum(sizes)):
-        own = batch_of(batch, batched, place)
-        sweep = Sweep(model, share, of_each, own, batched, loss_fn, strict)
-        pieces.append(_run(sweep, check, fallback))
-        counts.append(sum(of_each))
-    return joined(pieces, counts)
+    sweep = Sweep(model, stacks, tuple(sizes), batch, batched, loss_fn, strict)
+    modes = chunk or sum(sizes), check, fallback
+    if is_spread_over_adapters(stacks):
+        return run_own_part(sweep, lambda own: _run_chunks(own, *modes))
+    return _run_chunks(sweep, *modes)
+
+
+def _run_chunks(sweep: Sweep, chunk: int, check: str, fallback: str) -> Any:
+    parts = [
+        sweep._replace(
+            stacks=share, sizes=of_each, batch=batch_of(sweep.batch, sweep.batched, place)
+        )
+        for share, of_each, place in _shares(sweep.stacks, sweep.sizes, chunk)
+    ]
+    missing = largest(sweep.model, len(parts)) - len(parts)
+    pieces = [_run(part, check, fallback) for part in parts]
+    for _ in range(missing):
+        pieces[-1] = beside(pieces[-1], _run(parts[-1], check, fallback))
+    return joined(pieces, [part.size for part in parts])
 
 
 def _stacks(
@@ -144,12 +159,12 @@ def _shares(
 
 
 def _run(sweep: Sweep, check: str, fallback: str) -> Any:
-    if sweep.size > 1:
-        try:
-            if check == "first" and not torch.compiler.is_compiling():
-                verify(sweep)
+    try:
+        if check == "first" and not torch.compiler.is_compiling():
+            verify(sweep)
+        if sweep.size > 1:
             return sweep.together()
-        except FoldError:
-            if fallback == "raise":
-                raise
+    except FoldError:
+        if fallback == "raise" or is_sharded(sweep.model):
+            raise
     return stacked_trees([sweep.alone(k) for k in range(sweep.size)])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_func.modules import named_parameters
+from lora_func.modules import is_spread, named_parameters
 from lora_func.targeting._patterns import check_matches, first_match, some
 from lora_func.weights import is_packed
 
@@ -66,4 +66,5 @@ def check_trainable(names: Iterable[str], parameters: Mapping[str, Tensor]) -> N
 
 def _memory(parameter: Tensor) -> int:
     no_data = parameter.is_meta or is_lazy(parameter) or not parameter.numel()
+    no_data = no_data or is_spread(parameter)
     return id(parameter) if no_data else parameter.data_ptr()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lora_func.checks import as_tuple
-from lora_func.compat import never_calls, parameters_of
+from lora_func.compat import parameters_of
 from lora_func.configs import ALL_LINEAR, AdapterConfig, LinearConfig, ParameterConfig
 from lora_func.modules import find_site, inner_model, named_parameters
 from lora_func.targeting._layers import Layers
@@ -236,3 +236,8 @@ def _of_layers(layers: Layers, cfg: AdapterConfig, found: Sequence[Target]) -> S
         return found
     chosen = layers.select(as_tuple(cfg.layers), [target.site for target in found])
     return [target for target in found if target.site in chosen]
+
+
+def never_calls(parent: nn.Module, name: str) -> bool:
+    """True if a parent only reads a child's weight, as Mamba-1's mixers do with ``dt_proj``."""
+    return name == "dt_proj" and hasattr(parent, "A_log") and hasattr(parent, "conv1d")

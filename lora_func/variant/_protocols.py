@@ -104,6 +104,13 @@ class ObserveFn(Protocol):
         """
 
 
+class JoinFn(Protocol):
+    """Join the statistics of one site from two parts of the calibration data."""
+
+    def __call__(self, first: Any, second: Any, /) -> Any:
+        """Return what ``observe`` would have gathered from both parts, up to rounding."""
+
+
 class ConcludeFn(Protocol):
     """Look at the statistics of all sites together."""
 

@@ -13,6 +13,7 @@ from lora_func.variant._protocols import (
     BiasFn,
     ConcludeFn,
     InitFn,
+    JoinFn,
     LowRankFn,
     NormFn,
     ObserveFn,
@@ -74,6 +75,7 @@ class Variant(NamedTuple):
         parameters: Replaces parameters of a module of any kind for the whole call, in place of
             ``apply``.
         observe: Gathers statistics from calibration data, if a config asks for it.
+        join: Joins statistics that several ranks gathered from their parts of the data.
         conclude: Looks at the statistics of all sites before their leaves are made.
         delta_norm: The norm of the change of the weight, if it is cheap.
         low_rank: The change of the weight as products of two factors, which ``combine`` adds up
@@ -104,6 +106,7 @@ class Variant(NamedTuple):
     shared: SharedFn | None = None
     parameters: ParametersFn | None = None
     observe: ObserveFn | None = None
+    join: JoinFn | None = None
     conclude: ConcludeFn | None = None
     delta_norm: NormFn | None = None
     low_rank: LowRankFn | None = None

@@ -38,6 +38,7 @@ from lora_func.numerics import (
     at_least_float32,
     cayley,
     check_rank,
+    join_moments,
     observe_moments,
     rotate_blocks,
     scaled,
@@ -198,6 +199,7 @@ VARIANT = Variant(
     casts=("_U", "_Vh"),
     weight=weight,
     observe=observe_moments,
+    join=join_moments,
     leaves={**_ROTATIONS, "_max_angle?": "", "delta_s": "r", "_coeff": "", **SINGULAR},
     trials={
         "antipasto": Trial({"r": 32}, lr=1e-2, data=True),

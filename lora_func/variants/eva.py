@@ -30,6 +30,7 @@ from lora_func.numerics import (
     Moments,
     check_rank,
     dropout_leaf,
+    join_moments,
     observe_moments,
     principal_components,
 )
@@ -162,6 +163,7 @@ VARIANT = Variant(
     casts=("A",),
     weight=weight,
     observe=observe_moments,
+    join=join_moments,
     conclude=conclude,
     delta_norm=delta_norm,
     leaves=LOW_RANK,

@@ -164,6 +164,7 @@ VARIANT = Variant(
     prepare=prepare,
     weight=weight,
     observe=observe,
+    join=torch.add,
     delta_norm=delta_norm,
     leaves={"values": "nnz", "_indices": "2 nnz"},
     neutral={"values": 0.0},

@@ -235,6 +235,7 @@ def _variant(
         weight=weight,
         bias=bias,
         observe=observe,
+        join=lambda first, second: torch.cat([first, second]),
         trials={_NAMES[mode].replace("_", "-"): trial},
         stacks=True,
         products_only=True,

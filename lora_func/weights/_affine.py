@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, device, dtype
 
+from lora_func.modules import whole
 from lora_func.weights._packed import Packed
 from lora_func.weights._quantised import quantised_linear, quantised_matmul
 
@@ -83,10 +84,11 @@ def dense(W: Weight) -> Tensor:
         W: The frozen weight, or the weight with its bias.
 
     Returns:
-        Shape (d_out, d_in); dequantised if the layer is quantised.
+        Shape (d_out, d_in); dequantised if the layer is quantised, whole if it is spread over
+        devices.
     """
     weight = W.weight if isinstance(W, Affine) else W
-    return weight if isinstance(weight, Tensor) else weight.dense(weight.dtype)
+    return whole(weight) if isinstance(weight, Tensor) else weight.dense(weight.dtype)
 
 
 def bias_of(W: Weight) -> Tensor | None:

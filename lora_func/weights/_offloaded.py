@@ -1,12 +1,14 @@
-"""Weights that accelerate's hooks keep elsewhere while their module does not run."""
+"""Weights that are elsewhere while their module does not run: accelerate's hooks, ZeRO-3."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from lora_func.modules import offloading_hook, original_parameters
+from lora_func.modules import is_partitioned, offloading_hook, original_parameters
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -18,7 +20,16 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """Have a module's own weights in memory for a while, wherever accelerate keeps them."""
+    """Have a module's own weights in memory for a while, wherever they are kept.
+
+    DeepSpeed's ZeRO-3 gathers them from all ranks, which must do this together.
+    """
+    parts = [p for p in original_parameters(module).values() if is_partitioned(p)]
+    if parts:
+        deepspeed: Any = sys.modules["deepspeed"]
+        with deepspeed.zero.GatheredParameters(parts):
+            yield
+        return
     if not is_offloaded(module):
         yield
         return
