@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.adapter._keys import RANK, SHARED, Key, group, parse
-from lora_func.modules import find_site, inner_model, original_parameters
+from lora_func.modules import (
+    check_not_flattened,
+    find_site,
+    inner_model,
+    original_parameters,
+)
 from lora_func.variant import Variant, fit
 from lora_func.variants import by_name
 from lora_func.weights import Affine, weight_at
@@ -30,15 +35,16 @@ def check_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
         TypeError: If a leaf is not a floating-point tensor.
-        ValueError: If there is no leaf, a leaf is missing or unknown, or a shape does not fit.
+        ValueError: If there is no leaf, a leaf is missing or unknown, a shape does not fit, or
+            FSDP1 has flattened the model's weights.
     """
     if not params:
         raise ValueError("params: got no leaf")
     for key, leaf in params.items():
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(f"{key}: got {found}, expected a floating-point tensor")
-    model = None if model is None else inner_model(model)
+        _check_float(key, leaf)
+    if model is not None:
+        model = inner_model(model)
+        check_not_flattened(model)
     stacks: dict[Shape, str] = {}
     runs: set[Any] = set()
     for (site, name), keys in group(params).items():
@@ -60,6 +66,12 @@ def check_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -
         axes = {where: axes for axes, where in stacks.items()}
         raise ValueError(f"leaves have leading axes {axes}; a stack has one, the same everywhere")
     return next(iter(stacks), ())
+
+
+def _check_float(key: str, leaf: object) -> None:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+        raise TypeError(f"{key}: got {found}, expected a floating-point tensor")
 
 
 def check_site(

@@ -13,6 +13,7 @@ from lora_func.modules._paths import (
 from lora_func.modules._places import Place, shared_parameters
 from lora_func.modules._spread import (
     Sharding,
+    check_not_flattened,
     is_partitioned,
     is_spread,
     old_sharding,
@@ -40,6 +41,7 @@ __all__ = [
     "Structure",
     "attached_path",
     "called_model",
+    "check_not_flattened",
     "find_site",
     "identities",
     "inner_model",

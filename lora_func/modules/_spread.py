@@ -24,6 +24,19 @@ def old_sharding(model: nn.Module) -> str | None:
     return "DeepSpeed's ZeRO-3" if any(map(is_partitioned, model.parameters())) else None
 
 
+def check_not_flattened(model: nn.Module) -> None:
+    """Check that the weights of a model can be read.
+
+    Raises:
+        ValueError: If FSDP1 has flattened them.
+    """
+    if sharding(model).flattened:
+        raise ValueError(
+            f"{type(model).__name__}: FullyShardedDataParallel (FSDP1) has flattened its weights; "
+            "do this before the model is wrapped, or shard it by fully_shard (FSDP2)"
+        )
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor whole; all devices of a DTensor must do this together.
 

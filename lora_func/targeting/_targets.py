@@ -11,7 +11,7 @@ from torch import nn
 from lora_func.checks import as_tuple
 from lora_func.compat import parameters_of
 from lora_func.configs import ALL_LINEAR, AdapterConfig, LinearConfig, ParameterConfig
-from lora_func.modules import find_site, inner_model, named_parameters
+from lora_func.modules import check_not_flattened, find_site, inner_model, named_parameters
 from lora_func.targeting._layers import Layers
 from lora_func.targeting._parameters import check_trainable, distinct_parameters
 from lora_func.targeting._patterns import check_matches, first_match, kind
@@ -77,8 +77,8 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     Raises:
         TypeError: If cfg is no config of a registered variant, or a pattern names a module that
             cannot be adapted, or that has no role if roles are asked for.
-        ValueError: If a pattern, a layer index or a role matches nothing, no site is left, or a
-            parameter to train lies in the memory of another.
+        ValueError: If a pattern, a layer index or a role matches nothing, no site is left, a
+            parameter to train lies in the memory of another, or FSDP1 has flattened the weights.
 
     Example:
         >>> import torch, lora_func as lf
@@ -88,6 +88,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     """
     by_config(cfg)
     model = inner_model(model)
+    check_not_flattened(model)
     left_out: dict[str, str] = {}
     if isinstance(cfg, ParameterConfig):
         names = [name for name, _ in named_parameters(model)]

@@ -37,6 +37,13 @@ def case_fsdp1_by_fcall_vcall_and_adapted():
     close(lf.vcall(spread, stack, data), lf.vcall(base, stack, data))
     with torch.no_grad(), lf.adapted(spread, params), lf.adapted(base, params):
         close(spread(**data).logits, base(**data).logits)
+    for read in (
+        lambda: lf.init(spread, LORA),
+        lambda: lf.merge(spread, params),
+        lambda: lf.to_lora(params, spread, 2),
+        lambda: lf.save(params, "unused", model=spread),
+    ):
+        refused(ValueError, "has flattened its weights; do this before", read)
     refused(
         RuntimeError,
         "FSDP1",
