@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_func.adapter._keys import group, partition
-from lora_func.modules import inner_model
+from lora_func.modules import inner_model, whole
 from lora_func.variant import Variant, rank_of
 from lora_func.variants import by_name
 from lora_func.weights import numel_of, weight_at
@@ -45,6 +45,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
     from rich import box
     from rich.markup import escape
 
+    params = {key: whole(leaf) for key, leaf in params.items()}
     trained, _ = partition(params)
     sites = group(params)
     table = _printable_table()(box=box.SIMPLE, show_footer=True)

@@ -14,7 +14,7 @@ from lora_func.configs import AdapterConfig
 from lora_func.errors import AdapterFileError
 from lora_func.files._container import Content, read, write
 from lora_func.files._fingerprint import differences, fingerprint
-from lora_func.modules import inner_model
+from lora_func.modules import inner_model, whole
 from lora_func.runtime import devices_of, layout_of
 from lora_func.variant import Params, rank_of
 from lora_func.variants import by_name
@@ -62,6 +62,7 @@ def save(
         ['.lora.A', '.lora.B', '.lora._scale']
     """
     configs = (cfg,) if isinstance(cfg, AdapterConfig) else cfg
+    params = {key: whole(leaf) for key, leaf in params.items()}
     facts = facts_of(params, model, allow_nonfinite) | {
         "configs": [{"config": type(one).__name__, **asdict(one)} for one in configs]
     }

@@ -89,7 +89,14 @@ def case_a_stack_that_is_spread_over_its_adapters_is_a_stack():
     for loss, optimizer in zip((losses, expected), optimizers, strict=True):
         loss.sum().backward()
         optimizer.step()
-    close({key: leaf.full_tensor() for key, leaf in spread.items()}, plain)
+    whole = {key: leaf.full_tensor() for key, leaf in spread.items()}
+    close(whole, plain)
+    norms = [lf.clip_grad_norm(stack, 0.1, model=base) for stack in (spread, plain)]
+    close(norms[0].full_tensor(), norms[1])
+    assert str(lf.summary(spread)) == str(lf.summary(plain))
+    folder = tempfile.mkdtemp()
+    lf.save(spread, f"{folder}/stack.safetensors")
+    close(lf.load(f"{folder}/stack.safetensors"), whole, 0)
     each = {key: rows.expand(5, *rows.shape) for key, rows in data.items()}
     found = lf.vcall(base, spread, each, batched=True)
     close(found.full_tensor(), lf.vcall(base, plain, each, batched=True))
