@@ -37,7 +37,12 @@ def gathered(mine: Sequence[Mapping[str, Tensor]], group: Any = None) -> list[Pa
 
     Returns:
         All adapters in order, in the form that ``init`` gives; those of other ranks on the CPU.
+
+    Raises:
+        TypeError: If mine is a single adapter or stack.
     """
+    if isinstance(mine, Mapping):
+        raise TypeError("mine: got a mapping, expected a list of adapters; pass unstack(stack)")
     sent = [{key: leaf.detach().cpu() for key, leaf in one.items()} for one in mine]
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, sent, group=group)

@@ -57,6 +57,10 @@ class _Synced(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         return None, *_Average.apply(ctx.group, *gradients)  # type: ignore[no-untyped-call]
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], group: Any, *leaves: Tensor) -> tuple[Any, Any]:
+        return _Synced.apply(group, *leaves), in_dims[1:]  # type: ignore[no-untyped-call]
+
 
 class _Average(torch.autograd.Function):
     """The average over the ranks; so is its derivative."""
@@ -81,3 +85,7 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         return None, *_Average.apply(ctx.group, *gradients)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], group: Any, *tensors: Tensor) -> tuple[Any, Any]:
+        return _Average.apply(group, *tensors), in_dims[1:]  # type: ignore[no-untyped-call]

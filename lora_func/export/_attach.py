@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from lora_func.compat import children_of, parameters_of
 from lora_func.export._parametrizations import Leaves, View, views_of
-from lora_func.modules import inner_model, shared_parameters, whole
+from lora_func.modules import inner_model, is_spread, shared_parameters, whole
 from lora_func.runtime import Site, check_idle, check_single
 from lora_func.variant import Params
 
@@ -157,8 +157,8 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
 
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
-        TypeError: If a variant has no weight, or a layer's weight is quantised or computed; use a
-            block of ``adapted`` then.
+        TypeError: If a variant has no weight, a layer's weight is quantised or computed, or the
+            model is spread over devices already; use a block of ``adapted`` then.
         ValueError: If two variants name one module, a leaf is missing, unknown or of another shape,
             or params is a stack.
         BusyModelError: If the model is running with an adapter, or has one attached.
@@ -174,6 +174,11 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     """
     model = inner_model(model)
     check_idle(model, "attach when it is not")
+    if any(map(is_spread, model.parameters())):
+        raise TypeError(
+            f"{type(model).__name__}: is spread over devices; attach the adapter before that, or "
+            "run the model in a block of `with adapted(model, params)`"
+        )
     layout = check_single(params, model)
     handle, grad_mode = Attached(model), torch.is_grad_enabled()
     try:

@@ -42,6 +42,7 @@ def gather_statistics(
     Raises:
         TypeError: If a site is no linear layer, or has no ``join`` for several ranks.
         ValueError: If no config takes data, or several take different kinds.
+        RuntimeError: If another rank of the group failed.
     """
     takers = [
         (config, targets, observe)
@@ -62,9 +63,13 @@ def gather_statistics(
         for config, targets, observe in takers
         for target in targets
     }
-    stats = calibrate(model, observers, data, loss_fn)
     if group is None:
-        return stats
+        return calibrate(model, observers, data, loss_fn)
+    try:
+        stats = calibrate(model, observers, data, loss_fn)
+    except Exception as error:
+        _exchanged(group, f"{type(error).__name__}: {error}")
+        raise
     joins = {
         target.site: by_config(config).join for config, targets, _ in takers for target in targets
     }
@@ -93,6 +98,7 @@ def _joined_over(group: Any, stats: Mapping[str, Any], joins: Mapping[str, Any])
 
     Raises:
         TypeError: If a variant has no ``join``.
+        RuntimeError: If another rank failed.
     """
     missing = [site for site, join in joins.items() if join is None]
     if missing:
@@ -102,11 +108,19 @@ def _joined_over(group: Any, stats: Mapping[str, Any], joins: Mapping[str, Any])
         )
     unique = {id(found): site for site, found in stats.items()}
     sent = [tree_map_only(Tensor, Tensor.cpu, stats[site]) for site in unique.values()]
-    received: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(received, sent, group=group)
+    received = _exchanged(group, sent)
+    failed = [one for one in received if isinstance(one, str)]
+    if failed:
+        raise RuntimeError(f"data: another rank of the group failed with {failed[0]}")
     joined = {}
     for i, (identity, site) in enumerate(unique.items()):
         device = next((leaf.device for leaf in tensors_of(stats[site])), "cpu")
         of_all = reduce(joins[site], [rank[i] for rank in received])
         joined[identity] = tree_map_only(Tensor, partial(Tensor.to, device=device), of_all)
     return {site: joined[id(found)] for site, found in stats.items()}
+
+
+def _exchanged(group: Any, mine: Any) -> list[Any]:
+    received: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(received, mine, group=group)
+    return received

@@ -19,8 +19,12 @@ def is_partitioned(tensor: object) -> bool:
 
 def old_sharding(model: nn.Module) -> str | None:
     """Name the engine, if one shards a model that no transform of torch.func can run."""
-    if sharding(model).flattened:
+    gathered, flattened = sharding(model)
+    if flattened:
         return "FullyShardedDataParallel (FSDP1)"
+    others = [module for module in model.modules() if id(module) not in gathered]
+    if any(is_spread(p) for module in others for p in module.parameters(recurse=False)):
+        return "tensor parallelism"
     return "DeepSpeed's ZeRO-3" if any(map(is_partitioned, model.parameters())) else None
 
 

@@ -5,6 +5,12 @@ transforms and checkpointing belong here. K adapters in one call use the same in
 batches and their verification belong to ``sweep``.
 """
 
+from lora_func.runtime._agreement import (
+    check_same_depth,
+    is_sharded,
+    largest,
+    refused_together,
+)
 from lora_func.runtime._batch import LossFn, arguments, result
 from lora_func.runtime._call import adapted, call, fcall
 from lora_func.runtime._checks import check_single, check_unattached, stack_size
@@ -46,6 +52,7 @@ __all__ = [
     "call",
     "check_idle",
     "check_no_dropout",
+    "check_same_depth",
     "check_single",
     "check_unattached",
     "check_used",
@@ -56,13 +63,16 @@ __all__ = [
     "fcall",
     "has_fast_path",
     "injection",
+    "is_sharded",
     "joined",
+    "largest",
     "layout_of",
     "leaves_of",
     "name_for_bias",
     "override_forward",
     "patched",
     "present",
+    "refused_together",
     "remember",
     "replacements",
     "result",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_func.compat import PRE_HOOKS
 from lora_func.modules import inner_model
+from lora_func.runtime._agreement import check_same_depth
 from lora_func.runtime._batch import LossFn, arguments, result
 from lora_func.runtime._injection import injection
 from lora_func.runtime._overrides import Uncopied, check_used
@@ -46,7 +47,8 @@ def fcall(
     Raises:
         TypeError: If batch has another type, or a variant cannot adapt a module.
         KeyError: If a key names no module or parameter of the model, or no variant.
-        ValueError: If two variants name one module, or a leaf has other axes, as in a stack.
+        ValueError: If two variants name one module, a leaf has other axes, as in a stack, or the
+            ranks of a sharded base adapt down to different layers.
         RuntimeError: If the model cannot run under the transforms around the call.
         BusyModelError: If the model is already running with an adapter (see ``skeleton``), or has
             one attached.
@@ -59,6 +61,7 @@ def fcall(
         >>> loss = lf.fcall(model, params, x, loss_fn=lambda y, x: y.square().mean())
         >>> (gradient,) = torch.autograd.grad(loss, params["0.lora.B"])
     """
+    check_same_depth(model, [params])
     return call(model, params, batch, loss_fn, strict)
 
 
@@ -123,6 +126,7 @@ def adapted(
         ...     output = model(torch.ones(1, 4))
     """
     injected, calls = injection(model, [params], detaches=False), _Calls()
+    check_same_depth(model, [params])
     hooks = vars(inner_model(model))[PRE_HOOKS]
     with injected.inside(), patched([(hooks, id(calls), calls)]):
         yield model

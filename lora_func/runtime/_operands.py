@@ -17,6 +17,7 @@ from lora_func.compat import convolve
 from lora_func.numerics import dropout
 from lora_func.runtime._leaves import SiteLeaves
 from lora_func.runtime._site import Site
+from lora_func.runtime._views import check_not_parallel
 from lora_func.weights import Affine
 
 
@@ -75,6 +76,7 @@ def run_by_products(
     Returns:
         What the adapted module returns.
     """
+    check_not_parallel(site, own["weight"])
     if isinstance(module, nn.Embedding):
         y = lookup(site, own, leaves, x, None, module.padding_idx)
         assert y is not None

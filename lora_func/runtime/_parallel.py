@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_func.compat import inner_forward_cell, tree_map_only
+from lora_func.numerics import DROPOUT
 from lora_func.runtime._leaves import SiteLeaves
 from lora_func.runtime._site import Site
 from lora_func.variant import prepare_sites
@@ -61,7 +62,15 @@ def lifted(site: Site, leaves: SiteLeaves, W: Affine, x: Tensor) -> dict[str, Te
 
     Returns:
         The leaves as DTensors, with what was prepared from them.
+
+    Raises:
+        TypeError: If there is dropout.
     """
+    if DROPOUT in leaves.raw:
+        raise TypeError(
+            f"{site.path}: has dropout, which ranks of a tensor parallel layer would draw apart; "
+            f"leave {site.keys[DROPOUT]!r} out of the adapter, or call eval() on the module"
+        )
     ready = leaves.suited(x)
     if leaves.dtype != x.dtype:  # linear algebra has no rules for DTensors
         (ready,) = prepare_sites(site.variant, [{**leaves.raw}], (), W.shape, x.dtype)

@@ -5,11 +5,16 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lora_func.modules import original_parameters, shared_parameters
+from lora_func.modules import original_parameters, sharding, shared_parameters
 from lora_func.runtime._layout import ModelLayout
 from lora_func.runtime._leaves import leaves_of
 from lora_func.runtime._site import Site
-from lora_func.runtime._views import check_no_dropout, dense_parameters, effective_parameters
+from lora_func.runtime._views import (
+    check_no_dropout,
+    check_not_parallel,
+    dense_parameters,
+    effective_parameters,
+)
 
 
 class Replacement(NamedTuple):
@@ -45,11 +50,15 @@ def replacements(
         ValueError: If a leaf has another shape than its parameter.
     """
     changed: dict[int, Replacement] = {}
+    gathered = sharding(model).gathered
     places = shared_parameters(model)
     for site in sites:
         module, replaces = site.module, site.variant.parameters is not None
         # whoever replaces a parameter needs none of its values
         own = original_parameters(module) if replaces else dense_parameters(site)
+        if replaces and id(module) not in gathered:
+            for name in site.keys:
+                check_not_parallel(site, own[name])
         new = effective_parameters(site, own, leaves_of(site, params))
         for name, tensor in new.items():
             keys = (site.keys[name],) if replaces else site.known

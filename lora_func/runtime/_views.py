@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_func.adapter import SHARED, parse
-from lora_func.modules import original_parameters, whole
+from lora_func.modules import is_spread, original_parameters, whole
 from lora_func.numerics import DROPOUT
 from lora_func.runtime._site import Site
 from lora_func.variant import WeightFn
@@ -161,6 +161,19 @@ def dense_parameters(site: Site) -> dict[str, Any]:
         return base
 
 
+def check_not_parallel(site: Site, weight: object) -> None:
+    """Check that a weight lies on one device.
+
+    Raises:
+        TypeError: If it is a DTensor, as tensor parallel layers have it.
+    """
+    if is_spread(weight):
+        raise TypeError(
+            f"{site.path}: {site.variant.name} computes a weight that is tensor parallel here; "
+            "there adapters take linear layers, named by target_modules"
+        )
+
+
 def effective_parameters(
     site: Site, own: Mapping[str, Any], leaves: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -183,6 +196,7 @@ def effective_parameters(
         replaced = site.variant.parameters(own, leaves)
     else:
         check_not_computed(site.path, own, name)
+        check_not_parallel(site, own[name])
         W = matrix(module, own, name)
         replaced = {name: restore_layout(module, own, name, adapted_weight(site, W, leaves))}
         bias = adapted_bias(site, W.bias, leaves, is_stack(W))

@@ -1,45 +1,16 @@
-"""A sharded base under a sweep: every rank makes the same number of forward passes.
+"""A sharded base under a sweep: every rank makes the same number of passes, in both directions.
 
-Each pass of a model that FSDP2 shards gathers its weights, in which all ranks take part. Ranks may
-hold different numbers of adapters, so they agree on the largest number of passes.
+Ranks may hold different numbers of adapters. They agree on the largest number of passes, and one
+with fewer repeats its last one, with gradients of zeros.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_func.compat import tree_flatten, tree_unflatten
-from lora_func.modules import is_spread, sharding
 from lora_func.runtime import tensors_of
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """True if FSDP2 shards modules of a model."""
-    return bool(sharding(model).gathered)
-
-
-def largest(model: nn.Module, number: int) -> int:
-    """Return the largest of the ranks' numbers; without a sharded model the number itself.
-
-    Args:
-        model: The model.
-        number: What this rank would do.
-
-    Returns:
-        What the rank with the most does.
-    """
-    if not is_sharded(model):
-        return number
-    spread: Any = next((p for p in model.parameters() if is_spread(p)), None)
-    mesh = None if spread is None else spread.device_mesh
-    device = "cpu" if mesh is None else mesh.device_type
-    found = torch.tensor(number, device=device)
-    groups = [None] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim)]
-    for group in groups:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
-    return int(found.item())
 
 
 def beside(result: Any, other: Any) -> Any:

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 from lora_func.adapter import stack
 from lora_func.checks import check_choice, check_count
 from lora_func.errors import FoldError
-from lora_func.runtime import LossFn, joined, stack_size
+from lora_func.runtime import (
+    LossFn,
+    check_same_depth,
+    is_sharded,
+    joined,
+    largest,
+    refused_together,
+    stack_size,
+)
 from lora_func.runtime import stacked as stacked_trees
-from lora_func.sweep._agreement import beside, is_sharded, largest
+from lora_func.sweep._agreement import beside
 from lora_func.sweep._batching import batch_of, check_batched_axes
 from lora_func.sweep._caches import check_no_cache
 from lora_func.sweep._clipping import as_list
@@ -60,7 +68,8 @@ def vcall(
             perturbed leaves. "never": trust that the model keeps its rows apart, as is done while
             compiling.
         fallback: What to do if the adapters cannot share a call: "raise" the ``FoldError``, or
-            "loop" over the adapters. Other errors are always raised.
+            "loop" over the adapters, which a base that is sharded over ranks does not allow. Other
+            errors are always raised.
         strict: As for ``fcall``.
 
     Returns:
@@ -71,7 +80,8 @@ def vcall(
     Raises:
         FoldError: If the adapters cannot share a call: the model mixes rows, reads an adapted
             parameter past its module, or has rows on another axis than the first.
-        RuntimeError: If a first call would have to be checked inside ``torch.vmap``.
+        RuntimeError: If a first call would have to be checked inside ``torch.vmap``, or another
+            rank of a sharded base refused its call.
         TypeError: If stacked is no mapping and no list of mappings.
         ValueError: If stacked is one adapter, a leaf is missing or has other axes, chunk is less
             than 1, a tensor of a batched batch does not have K in front, or the batch holds a
@@ -88,16 +98,17 @@ def vcall(
         >>> losses.shape
         torch.Size([4])
     """
-    check_choice("check", check, ("first", "never"))
-    check_choice("fallback", fallback, ("raise", "loop"))
-    if chunk is not None:
-        check_count("chunk", chunk)
-    stacks, sizes = _stacks(model, stacked)
-    if not sum(sizes):
-        raise ValueError("stacked: got no adapter")
-    check_no_cache(batch)
-    if batched:
-        check_batched_axes(batch, sum(sizes))
+    with refused_together(model):
+        check_choice("check", check, ("first", "never"))
+        check_choice("fallback", fallback, ("raise", "loop"))
+        if chunk is not None:
+            check_count("chunk", chunk)
+        stacks, sizes = _stacks(model, stacked)
+        if not sum(sizes):
+            raise ValueError("stacked: got no adapter")
+        check_no_cache(batch)
+        if batched:
+            check_batched_axes(batch, sum(sizes))
     sweep = Sweep(model, stacks, tuple(sizes), batch, batched, loss_fn, strict)
     modes = chunk or sum(sizes), check, fallback
     if is_spread_over_adapters(stacks):
@@ -112,10 +123,14 @@ def _run_chunks(sweep: Sweep, chunk: int, check: str, fallback: str) -> Any:
         )
         for share, of_each, place in _shares(sweep.stacks, sweep.sizes, chunk)
     ]
-    missing = largest(sweep.model, len(parts)) - len(parts)
+    check_same_depth(sweep.model, sweep.stacks)
+    passes, checks = largest(sweep.model, [len(parts), int(check == "first")])
+    check = "first" if checks else "never"
     pieces = [_run(part, check, fallback) for part in parts]
-    for _ in range(missing):
-        pieces[-1] = beside(pieces[-1], _run(parts[-1], check, fallback))
+    others = parts[-1]._replace(loss_fn=lambda output, _: output)
+    for _ in range(passes - len(parts)):
+        with torch.random.fork_rng(devices=[]):
+            pieces[-1] = beside(pieces[-1], _run(others, check, fallback))
     return joined(pieces, [part.size for part in parts])
 
 

@@ -18,12 +18,12 @@ from lora_func.modules import inner_model
 from lora_func.runtime import (
     arguments,
     eval_patches,
+    largest,
     layout_of,
     patched,
     remember,
     tensors_of,
 )
-from lora_func.sweep._agreement import largest
 from lora_func.sweep._batching import copied, of_adapter, rows_of
 from lora_func.sweep._comparison import difference
 from lora_func.sweep._fold import Sweep
@@ -46,7 +46,7 @@ def verify(sweep: Sweep) -> None:
     rows = rows_of(sweep.batch, sweep.batched)
     kind = (*map(frozenset, sweep.stacks), sweep.sizes, rows, sweep.batched, _kind(sweep.batch))
     known = sweep.size == 1 or kind in verdicts
-    passes = largest(sweep.model, 0 if known else 1 + len(_ends(sweep.sizes)))
+    (passes,) = largest(sweep.model, [0 if known else 1 + len(_ends(sweep.sizes))])
     if known:
         _pass(sweep, passes)
         return

@@ -110,5 +110,5 @@ def matrices(W: Any) -> list[Any]:
     """Return the matrices of a stack, each with its bias; anything else as a list of one."""
     if not is_stack(W):
         return [W]
-    biases = [None] * len(W.weight) if W.bias is None else W.bias
-    return [Affine(weight, bias) for weight, bias in zip(W.weight, biases, strict=True)]
+    biases = [None] * len(W.weight) if W.bias is None else whole(W.bias)
+    return [Affine(weight, bias) for weight, bias in zip(whole(W.weight), biases, strict=True)]

@@ -7,7 +7,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import lora_func as lf
 from tests.distributed.sharded import CONFIGS
-from tests.distributed.support import adapter, batch, close, gradients, model
+from tests.distributed.support import SITES, adapter, batch, close, gradients, model, refused
 
 PLAN = {
     "mlp.gate_proj": ColwiseParallel(),
@@ -35,6 +35,19 @@ def case_sweeps():
     base, spread, data = model(), parallel(), batch()
     stack = lf.stack([adapter(seed=seed) for seed in range(3)])
     close(lf.vcall(spread, stack, data), lf.vcall(base, stack, data))
+
+
+def case_what_parallel_layers_refuse():
+    spread, data, params = parallel(), batch(), adapter()
+    dropped = adapter(lf.LoRA(r=2, dropout=0.1, target_modules=SITES))
+    refused(TypeError, "has dropout", lambda: lf.fcall(spread.train(), dropped, data))
+    spread.eval()
+    full = adapter(lf.Full(target_parameters=(r"0\.mlp\.up_proj\.weight",)))
+    refused(TypeError, "tensor parallel here", lambda: lf.fcall(spread, full, data))
+    gradient = torch.func.grad(lambda p: lf.fcall(spread, p, data))
+    refused(RuntimeError, "tensor parallelism", lambda: gradient(params))
+    expected = lf.fcall(model(), dropped, data)
+    close(lf.fcall(spread, dropped, data), expected)
 
 
 def case_the_plan_of_transformers():

@@ -166,6 +166,46 @@ def case_ranks_with_different_numbers_of_adapters():
     close(found, gradients(mine[0], lf.fcall(base, mine[0], data)))
 
 
+def case_ranks_that_adapt_down_to_different_layers_are_refused():
+    spread, data = sharded(), batch()
+    above = adapter(lf.LoRA(r=2, target_modules=r"layers\.1\.mlp\.up_proj$"))
+    mine = above if rank() else adapter()
+    for run in (
+        lambda: lf.fcall(spread, mine, data),
+        lambda: lf.vcall(spread, lf.stack([mine]), data),
+        lambda: lf.adapted(spread, mine).__enter__(),
+    ):
+        refused(ValueError, "the lowest adapted layer is not the same on all ranks", run)
+    expected = gradients(above, lf.fcall(model(), above, data))
+    close(gradients(above, lf.fcall(spread, above, data)), expected)
+
+
+def case_a_rank_that_does_not_ask_for_the_check_takes_part_in_it():
+    base, spread, data = model(), sharded(), batch()
+    stack = lf.stack([adapter(seed=seed) for seed in range(2)])
+    found = lf.vcall(spread, stack, data, check="never" if rank() else "first")
+    close(found, lf.vcall(base, stack, data))
+
+
+def case_what_a_sharded_base_refuses():
+    spread, params = sharded(), adapter()
+    refused(TypeError, "is spread over devices; attach", lambda: lf.attach(spread, params))
+    mine = [params] * rank()
+    kind, message = ((ValueError, "no adapter"), (RuntimeError, "another rank refused"))[rank()]
+    refused(kind, message, lambda: lf.vcall(spread, mine, batch()))
+
+
+def case_passes_for_other_ranks_draw_no_random_numbers():
+    base, spread, data = model().train(), sharded().train(), batch()
+    dropped = adapter(lf.LoRA(r=2, dropout=0.1, target_modules=SITES))
+    after = []
+    for each in (base, spread):
+        torch.manual_seed(0)
+        lf.vcall(each, lf.stack([dropped] * (1 + rank())), data, chunk=1, check="never")
+        after.append(torch.rand(3))
+    close(*after, 0)
+
+
 def case_adapted_generates():
     base, spread, ids = model(use_cache=True), sharded(), batch()["input_ids"]
     params = scrambled(lf.init(base, LORA))

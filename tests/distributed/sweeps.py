@@ -2,6 +2,7 @@
 
 import tempfile
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -10,7 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import lora_func as lf
 from lora_func.distributed import gathered, share, synced
-from tests.distributed.support import LORA, adapter, batch, close, gradients, model, rank, sharded
+from tests.distributed.support import adapter, batch, close, gradients, model, rank, sharded
 
 
 def case_gradients_are_averaged_over_the_ranks():
@@ -30,6 +31,17 @@ def case_gradients_are_averaged_over_the_ranks():
     found = torch.func.grad(loss)(point)
     close({key: found[key] for key in expected}, expected)
     assert all(found[key].eq(0).all() for key in constants)
+
+
+def case_gradients_are_averaged_under_vmap():
+    base, data = model(), batch()
+    half = {name: rows.chunk(2)[rank()] for name, rows in data.items()}
+    stack = lf.stack([{k: v.detach() for k, v in adapter(seed=s).items()} for s in range(2)])
+    found = torch.vmap(torch.func.grad(lambda p: lf.fcall(base, synced(p), half)))(stack)
+    expected = torch.vmap(torch.func.grad(lambda p: lf.fcall(base, p, data)))(stack)
+    close(found, expected)
+    with pytest.raises(TypeError, match="expected a list of adapters"):
+        gathered(stack)
 
 
 def case_a_sweep_over_ranks_is_the_sweep():
@@ -71,7 +83,12 @@ def case_calibration_is_one_start():
         same = [None, None]
         dist.all_gather_object(same, found)
         close(same[0], same[1], 0)
-    assert LORA.r == 2
+
+
+def case_a_rank_without_data_ends_all_ranks():
+    base, cfg = model(), lf.EVA(r=2, target_modules=r"q_proj$")
+    with pytest.raises((ValueError, RuntimeError), match="saw nothing of 0 batches"):
+        lf.init(base, cfg, data=[batch()] * rank(), group=dist.group.WORLD)
 
 
 def case_a_stack_that_is_spread_over_its_adapters_is_a_stack():
