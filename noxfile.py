@@ -37,7 +37,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package."""
-    install(session, "types", "-e", ".")
+    install(session, "types", "-e", ".[testing]")
     session.run("mypy", *session.posargs)
 
 

@@ -14,10 +14,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import lora_func as lf
+from lora_func.testing import LAWS
 from lora_func.variants import all_variants
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/devices.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/devices.md", "docs/testing.md")
 PACKAGE = ROOT / "lora_func"
 
 
@@ -95,7 +96,7 @@ def packages() -> list[str]:
     files = [PACKAGE / f"{name}.py" for name in ("version", "errors", "checks", "compat")]
     folders = ("modules", "configs", "weights", "variant", "numerics", "variants", "adapter")
     folders += ("targeting", "runtime", "initialization", "sweep", "graphs", "export", "files")
-    folders += ("distributed", "peft")
+    folders += ("distributed", "peft", "testing")
     files += [PACKAGE / name / "__init__.py" for name in folders]
     for file in files:
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
@@ -139,12 +140,30 @@ def devices() -> list[str]:
     return rows
 
 
+def laws() -> list[str]:
+    """What each law says, and whether it needs a variant."""
+    rows = ["| law | says | of other modules too |", "|---|---|---|"]
+    for law in LAWS:
+        statement = law.statement.replace("``", "`").replace("|", r"\|")
+        rows.append(f"| `{law}` | {statement} | {'yes' if law.foreign else '–'} |")
+    return rows
+
+
+def peft() -> list[str]:
+    """The laws that PEFT's methods break."""
+    from peft_laws import table  # peft is imported for this table alone
+
+    return table()
+
+
 TABLES = {
     "devices": devices,
     "variants": variants,
     "settings": settings,
     "properties": properties,
     "packages": packages,
+    "laws": laws,
+    "peft": peft,
 }
 
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import dims, seeds
 from lora_func.variants import by_name
 from lora_func.weights import Affine
 from tests.support.cases import Made
-from tests.support.strategies import dims, seeds
 
 WIDE = 50
 

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 
 import lora_func as lf
 from lora_func.graphs import _cuda
-from tests.support.cases import CASES, make_params
+from tests.support.cases import CASES
 from tests.support.families import FAMILIES
 from tests.support.models import bert, qwen3
 
@@ -328,7 +328,7 @@ def test_an_error_in_the_function_restores_what_it_wrote(on_cpu):
 def test_no_variant_waits_for_a_gpu(on_cpu, case):
     d_in, d_out, r = case.fit(6, 6, 2)
     model = nn.Linear(d_in, d_out, bias=case.bias is not False).requires_grad_(False)
-    params = {k: v.detach() for k, v in make_params(case, model, r).items()}
+    params = {k: v.detach() for k, v in case.params(model, r).items()}
     x = torch.randn(3, d_in)
 
     def loss(params, x):
@@ -359,7 +359,7 @@ def test_transformers_does_not_look_into_masks_while_it_is_captured(on_cpu, make
 def test_a_replay_on_a_gpu_is_a_call(case, dtype):
     d_in, d_out, r = case.fit(16, 16, 2)
     model = nn.Linear(d_in, d_out, bias=case.bias is not False).requires_grad_(False)
-    params = {k: v.detach() for k, v in make_params(case, model, r).items()}
+    params = {k: v.detach() for k, v in case.params(model, r).items()}
     model, params = model.to("cuda", dtype), {k: v.cuda() for k, v in params.items()}
     xs = torch.randn(3, 5, d_in, dtype=dtype, device="cuda")
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_func.numerics import kaiming_uniform, low_rank_norm, scaled
-from tests.support.strategies import dims, seeds
+from lora_func.testing import dims, seeds
 
 
 @given(d_in=dims, d_out=dims, r=dims, seed=seeds)

@@ -13,7 +13,7 @@ from torch import nn
 import lora_func as lf
 from lora_func.peft import _write, from_peft, to_peft
 from lora_func.peft._formats import writable_format
-from tests.support.cases import CASES, make_layer
+from tests.support.cases import CASES
 from tests.support.models import batch_for, make, scramble
 from tests.support.pairs import adapter
 from tests.support.snapshots import assert_same, snapshot
@@ -21,7 +21,7 @@ from tests.support.snapshots import assert_same, snapshot
 
 def format_of(case):
     """The format in which a case is written, if PEFT has one."""
-    return writable_format(case.variant, make_layer(case).leaves, "Linear")
+    return writable_format(case.variant, case.layer().leaves, "Linear")
 
 
 PAIRS = [

@@ -4,86 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_func as lf
-from lora_func.variant import prepare_sites
-from tests.support.cases import CASES, Layers, make_layer, make_params, scrambled_stack
-from tests.support.strategies import dims, seeds
-
-PREPARED = [case for case in CASES if case.variant.prepare or case.variant.casts]
-EACH_CASE = pytest.mark.parametrize("case", PREPARED, ids=repr)
-FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def site(case, **settings):
-    return make_layer(case, scrambled=True, **settings)
-
-
-def shared_leaves(layer):
-    """The leaves that all sites of an adapter have in common."""
-    return {"_A", "_B"} if layer.variant.shared else set()
-
-
-def output_and_gradients(layer, leaves, ready):
-    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    y = layer.variant.apply(layer.W, ready, layer.x)
-    return y, *torch.autograd.grad(y.double().sin().sum(), trained, retain_graph=True)
-
-
-@EACH_CASE
-@given(d_in=dims, d_out=dims, seed=seeds, sites=st.integers(1, 3), r=st.integers(1, 2))
-def test_apply_gives_the_same_with_prepared_leaves(case, d_in, d_out, seed, sites, r):
-    r = min(r, d_in, d_out)
-    layers = [site(case, d_in=d_in, d_out=d_out, r=r, seed=seed + i) for i in range(sites)]
-    shared, first = shared_leaves(layers[0]), layers[0]
-    leaves = [
-        {
-            name: (first if name in shared else layer)
-            .leaves[name]
-            .float()
-            .requires_grad_(name in layer.trained)
-            for name in layer.leaves
-        }
-        for layer in layers
-    ]
-    ready = prepare_sites(first.variant, leaves, shared, first.W.shape, torch.float64)
-    for layer, own, prepared in zip(layers, leaves, ready, strict=True):
-        alone = output_and_gradients(layer, own, own)
-        for ours, expected in zip(output_and_gradients(layer, own, prepared), alone, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", [c for c in PREPARED if c.variant.stacks], ids=repr)
-@given(seed=seeds, adapters=st.integers(1, 3), sites=st.integers(1, 2), rows=st.integers(0, 2))
-def test_apply_gives_the_same_with_a_prepared_stack(case, seed, adapters, sites, rows):
-    layers = [site(case, seed=seed + i) for i in range(sites)]
-    shared, first = shared_leaves(layers[0]), layers[0]
-    stacks = [scrambled_stack(layer, adapters, seed + i)[1] for i, layer in enumerate(layers)]
-    stacks = [{**stack, **{leaf: stacks[0][leaf] for leaf in shared}} for stack in stacks]
-    ready = prepare_sites(first.variant, stacks, shared, first.W.shape, torch.float64)
-    x = torch.randn(adapters, rows, first.x.shape[-1], dtype=torch.float64)
-    for layer, own, prepared in zip(layers, stacks, ready, strict=True):
-        ours, expected = (layer.variant.apply(layer.W, leaves, x) for leaves in (prepared, own))
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
-
-
-@EACH_CASE
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_prepared_leaves_leave_the_start_as_it_is(case, dtype):
-    if case.start == "elsewhere":
-        pytest.skip("does not start as the base")
-    layer = make_layer(case, dtype=dtype, leaf_dtype=torch.float32, batch=(2, 3))
-    leaves = [layer.leaves] * 2
-    for ready in prepare_sites(layer.variant, leaves, shared_leaves(layer), layer.W.shape, dtype):
-        y, frozen = layer.variant.apply(layer.W, ready, layer.x), layer.module(layer.x)
-        assert y.dtype == dtype
-        tolerance = 0 if case.start == "exact" else 32 * torch.finfo(dtype).eps
-        torch.testing.assert_close(y, frozen, rtol=tolerance, atol=tolerance)
-
+from lora_func.testing import Layers
+from tests.support.cases import CASES
 
 calls = Counter()
 
@@ -195,12 +121,14 @@ def test_a_block_of_adapted_prepares_nothing_so_that_leaves_may_change(model):
     assert calls == {"alone": 8}
 
 
-@pytest.mark.parametrize("case", PREPARED, ids=repr)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.variant.prepare or c.variant.casts], ids=repr
+)
 def test_a_layer_without_a_part_in_the_loss_gets_no_gradient(case):
     d_in, d_out, r = case.fit(6, 6, 2)
     bias = case.bias is not False
     heads = Layers({name: nn.Linear(d_in, d_out, bias=bias) for name in "abc"})
-    params = make_params(case, heads.requires_grad_(False), r)
+    params = case.params(heads.requires_grad_(False), r)
     heads.forward = lambda x: [heads[name](x) for name in "ab"]
     for _ in range(2):  # gradients add up
         _, y = lf.fcall(heads, params, (torch.ones(2, d_in),), strict=False)

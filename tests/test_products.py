@@ -10,10 +10,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import lora_func as lf
 from lora_func.numerics import add_low_rank, add_scaled, along_rows, cayley, skew
-from lora_func.variants import by_name
+from lora_func.testing import dims, seeds
 from lora_func.weights import Affine
-from tests.support.cases import CASES, Made, make_layer, scrambled_stack
-from tests.support.strategies import dims, seeds
+from tests.support.cases import Made
 
 
 def close(a, b):
@@ -136,23 +135,6 @@ def test_a_layer_that_is_not_frozen_gets_its_gradient():
         layer(torch.ones(2, 3)).sum().backward()
     assert layer.weight.grad is not None
     assert layer.bias.grad is not None
-
-
-STACKING = [case for case in CASES if by_name(make_layer(case).variant.name).stacks]
-
-
-@pytest.mark.parametrize("case", STACKING, ids=repr)
-@given(d_in=dims, d_out=dims, seed=seeds, adapters=st.integers(1, 4), rows=st.integers(0, 3))
-def test_apply_takes_a_stack_where_the_variant_says_so(case, d_in, d_out, seed, adapters, rows):
-    layer = make_layer(case, d_in, d_out, r=1, seed=seed, scrambled=True)
-    many, stacked = scrambled_stack(layer, adapters, seed)
-    for leaf in (name for name, stack in stacked.items() if stack.ndim == 1):
-        stacked[leaf] = stacked[leaf] * torch.linspace(0.5, 1, adapters)
-        many = [{**own, leaf: number} for own, number in zip(many, stacked[leaf], strict=True)]
-    x = random(torch.Generator().manual_seed(seed), adapters, rows, layer.x.shape[-1])
-    together = layer.variant.apply(layer.W, stacked, x)
-    alone = [layer.variant.apply(layer.W, own, x[k]) for k, own in enumerate(many)]
-    close(together, torch.stack(alone))
 
 
 @given(blocks=st.integers(1, 2), size=st.integers(2, 4), seed=seeds)

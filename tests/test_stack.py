@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import seeds
 from lora_func.variant import rank_of
-from tests.support.strategies import seeds
 
 
 def mlp():

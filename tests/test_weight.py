@@ -6,8 +6,8 @@ from hypothesis import given
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_func.testing import dims
 from lora_func.weights import Affine, affine, dense, is_linear, linear
-from tests.support.strategies import dims
 
 
 @given(d_in=dims, d_out=dims)

@@ -18,6 +18,7 @@ from lora_func.runtime._injection import injection
 from lora_func.runtime._layout import ModelLayout, devices_of, layout_of, present, remember
 from lora_func.runtime._leaves import leaves_of
 from lora_func.runtime._losses import Rows
+from lora_func.runtime._operands import Operand
 from lora_func.runtime._overrides import ForwardOverride, check_used, override_forward
 from lora_func.runtime._patches import Patch, patched
 from lora_func.runtime._replacements import Replacement, replacements
@@ -40,6 +41,7 @@ __all__ = [
     "ForwardOverride",
     "LossFn",
     "ModelLayout",
+    "Operand",
     "Patch",
     "PerAdapter",
     "Replacement",

@@ -4,6 +4,9 @@ A file holds the config, the functions and the ``Variant`` of one method. Mathem
 methods share belongs to ``numerics``. ``register`` adds a method from another package.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from lora_func.configs import AdapterConfig
 from lora_func.variant import Variant, check_variant
 from lora_func.variants import (
@@ -117,6 +120,18 @@ def register(variant: Variant, *, overwrite: bool = False) -> None:
                 "the variant that is meant"
             )
     _by_name[variant.name] = variant
+
+
+@contextmanager
+def registered(variant: Variant) -> Iterator[None]:
+    """Register a variant inside a ``with`` block; afterwards the table is what it was."""
+    before = dict(_by_name)
+    try:
+        register(variant, overwrite=True)
+        yield
+    finally:
+        _by_name.clear()
+        _by_name.update(before)
 
 
 def all_variants() -> tuple[Variant, ...]:

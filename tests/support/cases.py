@@ -1,62 +1,11 @@
 """The table of cases. Every law runs on every case; a new variant adds its rows here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_func as lf
-from lora_func.adapter import parse
-from lora_func.configs import AdapterConfig
-from lora_func.variants import by_config
+from lora_func.testing import Case
 from lora_func.variants._template import Template
-from lora_func.weights import Affine, Weight, affine, dense
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration of one variant.
-
-    Attributes:
-        name: Shown as the test's id.
-        config: Builds the config from a rank (ignored by methods without a rank).
-        dead: Leaves whose gradient is exactly zero at initialization, by the formula.
-        bias: True if the layer needs a bias, False if it must have none, None if both work.
-        fit: Maps any (d_in, d_out, r) to sizes that the config accepts.
-        data: The calibration data: "inputs", "gradients", "pairs" or None.
-        start: Initial output relative to the base: "exact", "close" (8 eps) or "elsewhere".
-        jumps: True if the first optimizer step has a fixed size, whatever the learning rate.
-    """
-
-    name: str
-    config: Callable[[int], AdapterConfig]
-    dead: frozenset[str] = field(default_factory=frozenset)
-    bias: bool | None = None
-    fit: Callable[[int, int, int], tuple[int, int, int]] = lambda d_in, d_out, r: (d_in, d_out, r)
-    data: str | None = None
-    start: str = "exact"
-    jumps: bool = False
-
-    @property
-    def variant(self) -> lf.Variant:
-        """The variant of this case's config."""
-        return by_config(self.config(2))
-
-    @property
-    def is_adapter(self) -> bool:
-        """True if the variant adapts layers; False if it trains the parameters directly."""
-        return self.variant.parameters is None
-
-    @property
-    def has_weight(self) -> bool:
-        """True if the variant is linear in x, so that it has a weight view."""
-        return self.variant.weight is not None
-
-    def __repr__(self) -> str:
-        return self.name
-
 
 A = frozenset({"A"})
 TWICE = {"fit": lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2 * r)}
@@ -89,7 +38,7 @@ CASES = [
         dead=frozenset({"lambda"}),
         **WIDE,
     ),
-    Case("dora", lambda r: lf.DoRA(r=r, alpha=3.0), dead=A),
+    Case("dora", lambda r: lf.DoRA(r=r, alpha=3.0), dead=A, detached=A | {"B"}),
     Case("eva", lambda r: lf.EVA(r=r), dead=A, data="inputs"),
     Case("full", lambda r: lf.Full(target_parameters=".*")),
     Case("full-weight", lambda r: lf.Full(target_parameters="weight")),
@@ -118,114 +67,6 @@ CASES = [
     Case("template", lambda r: Template(r=r), dead=frozenset({"A", "g"})),
     Case("vera", lambda r: lf.VeRA(r=r), dead=frozenset({"lambda_d"})),
 ]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer and a case's adapter, as arguments for the variant's functions."""
-
-    module: nn.Linear
-    W: Affine
-    variant: lf.Variant
-    leaves: dict[str, Tensor]
-    x: Tensor
-    r: int
-
-    @property
-    def trained(self) -> dict[str, Tensor]:
-        return {name: leaf for name, leaf in self.leaves.items() if not name.startswith("_")}
-
-    def weight(self, W: Weight) -> Tensor:
-        """The adapted weight, or the frozen weight if the variant has no weight view."""
-        return self.variant.weight(W, self.leaves) if self.variant.weight else dense(W)
-
-    def apply(self, leaves: dict[str, Tensor] | None = None, x: Tensor | None = None) -> Tensor:
-        return self.variant.apply(
-            self.W,
-            self.leaves if leaves is None else self.leaves | leaves,
-            self.x if x is None else x,
-        )
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.variant.bias(self.W.bias, self.leaves) if self.variant.bias else self.W.bias
-
-
-class Layers(nn.ModuleDict):
-    """Parallel layers; each has its own input."""
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return torch.cat([self[name](x).flatten() for name, x in inputs.items()])
-
-
-def make_params(case: Case, module: nn.Linear | Layers, r: int, **settings: object) -> lf.Params:
-    """Make a case's adapter, calibrated on random data if the case needs data."""
-
-    def batch(seed: int) -> Tensor | dict[str, Tensor]:
-        if isinstance(module, Layers):
-            return {name: inputs(layer, seed) for name, layer in module.items()}
-        return inputs(module, seed)
-
-    def inputs(layer: nn.Linear, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        shape = torch.empty(4, 5, layer.in_features, dtype=layer.weight.dtype)
-        return random_like(shape, generator) + seed
-
-    pairs = case.data == "pairs"
-    data = [(batch(1), batch(0)) if pairs else batch(seed) for seed in range(2)]
-    return lf.init(
-        module,
-        case.config(r),
-        data=data if case.data else None,
-        loss_fn=lambda y, _: y.double().square().sum(),
-        **settings,
-    )
-
-
-def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-
-
-def make_layer(
-    case: Case,
-    d_in: int = 6,
-    d_out: int = 5,
-    r: int = 2,
-    bias: bool = True,
-    batch: tuple[int, ...] = (3,),
-    seed: int = 0,
-    scrambled: bool = False,
-    dtype: torch.dtype = torch.float64,
-    leaf_dtype: torch.dtype | None = None,
-) -> Layer:
-    """Make a random layer with a case's adapter, freshly initialized or with random leaves."""
-    generator = torch.Generator().manual_seed(seed)
-    d_in, d_out, r = case.fit(d_in, d_out, r)
-    module = nn.Linear(d_in, d_out, bias=bias if case.bias is None else case.bias)
-    module.to(dtype).requires_grad_(False)
-    for parameter in module.parameters():
-        parameter.copy_(random_like(parameter, generator))
-    cfg = case.config(r)
-    params = make_params(case, module, r, seed=seed, dtype=leaf_dtype or dtype)
-    leaves = {parse(key).leaf: leaf.detach() for key, leaf in params.items()}
-    if scrambled:
-        leaves |= {
-            name: random_like(leaf, generator)
-            for name, leaf in leaves.items()
-            if not name.startswith("_")
-        }
-    x = torch.randn(*batch, d_in, generator=generator, dtype=torch.float64).to(dtype)
-    return Layer(module, affine(module), by_config(cfg), leaves, x, r)
-
-
-def scrambled_stack(layer, adapters, seed):
-    """Adapters with random trained leaves, as a list and as a stack."""
-    generator = torch.Generator().manual_seed(seed)
-    many = [
-        {**layer.leaves, **{k: random_like(v, generator) for k, v in layer.trained.items()}}
-        for _ in range(adapters)
-    ]
-    return many, {name: torch.stack([leaves[name] for leaves in many]) for name in layer.leaves}
 
 
 class Made(TorchDispatchMode):

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import Case, layers
 from lora_func.variants import antipasto
-from tests.support.cases import Case, make_layer
 from tests.support.parity import relative
-from tests.support.strategies import layers
 
 
 def case(rotate, b=2, **settings):
@@ -90,7 +89,7 @@ def test_the_largest_angle(b):
 
 
 def test_nothing_outside_the_chosen_directions_changes():
-    layer = make_layer(case("V"), d_in=4, d_out=4, r=1, scrambled=True)
+    layer = case("V").layer(d_in=4, d_out=4, r=1, scrambled=True)
     change = layer.weight(layer.W) - layer.module.weight
     U, Vh = layer.leaves["_U"], layer.leaves["_Vh"]
     torch.testing.assert_close(U @ U.T @ change @ Vh.T @ Vh, change)

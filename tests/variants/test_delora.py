@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_func as lf
-from tests.support.cases import Case, make_layer
+from lora_func.testing import Case, layers
 from tests.support.parity import assert_parity, same
-from tests.support.strategies import layers
 
 ZERO_B = Case("delora", lambda r: lf.DeLoRA(r=r))
 COPY = Case("delora", lambda r: lf.DeLoRA(r=r, init="frozen_copy"))
@@ -42,7 +41,7 @@ def test_formula_and_bounds(data, case):
 
 
 def test_gradients_are_orthogonal_to_what_is_normalised():
-    layer = make_layer(ZERO_B, d_in=7, d_out=5, r=3, scrambled=True)
+    layer = ZERO_B.layer(d_in=7, d_out=5, r=3, scrambled=True)
     gradient = torch.func.grad(lambda leaves: layer.apply(leaves).square().sum())(layer.trained)
     for leaf, axis in (("A", 1), ("B", 0)):
         along = (gradient[leaf] * layer.leaves[leaf]).sum(axis)
@@ -50,7 +49,7 @@ def test_gradients_are_orthogonal_to_what_is_normalised():
 
 
 def test_the_start_of_the_frozen_copy_is_a_fixed_point_of_the_strength():
-    layer = make_layer(COPY)
+    layer = COPY.layer()
     gradient = torch.func.grad(lambda leaves: layer.apply(leaves).square().sum())(layer.trained)
     assert gradient["lambda"] == 0
     assert layer.leaves["B"].abs().max() <= 1 / math.sqrt(2)

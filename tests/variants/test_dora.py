@@ -9,12 +9,11 @@ from torch import nn
 
 import lora_func as lf
 from lora_func import Affine
+from lora_func.testing import Case, layers
 from lora_func.variant import prepared
 from lora_func.variants import dora
-from tests.support.cases import Case, make_layer
 from tests.support.models import scramble
 from tests.support.parity import assert_parity, relative, same
-from tests.support.strategies import layers
 
 DORA = Case("dora", lambda r: lf.DoRA(r=r, alpha=3.0))
 
@@ -40,7 +39,7 @@ def test_start():
 
 
 def test_the_norm_is_held_constant_by_the_derivative():
-    layer = make_layer(DORA, d_in=48, d_out=64, r=8, scrambled=True)
+    layer = DORA.layer(d_in=48, d_out=64, r=8, scrambled=True)
     W = layer.module.weight
 
     def gradient(of):
@@ -56,7 +55,7 @@ def test_the_norm_is_held_constant_by_the_derivative():
 
 
 def test_the_bias_is_not_scaled():
-    layer = make_layer(DORA, d_in=48, d_out=64, scrambled=True)
+    layer = DORA.layer(d_in=48, d_out=64, scrambled=True)
     W, b = layer.module.weight, layer.module.bias
     n = (W + 1.5 * layer.leaves["B"] @ layer.leaves["A"]).norm(dim=1)
     changed = formula(layer.leaves, W)

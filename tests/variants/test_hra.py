@@ -8,10 +8,9 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import Case, layers
 from lora_func.variants import hra
-from tests.support.cases import Case, make_layer
 from tests.support.parity import assert_parity, relative
-from tests.support.strategies import layers
 
 HRA = Case("hra", lambda r: lf.HRA(r=r), fit=lambda d_in, d_out, r: (d_in, d_out, 2 * r))
 
@@ -31,13 +30,13 @@ def test_formula(layer):
 
 
 def test_the_order_matters():
-    layer = make_layer(HRA, d_in=48, d_out=64, r=4, scrambled=True)
+    layer = HRA.layer(d_in=48, d_out=64, r=4, scrambled=True)
     reversed_ = layer.module.weight @ chain(layer.leaves["U"].flip(0))
     assert relative(layer.apply(), F.linear(layer.x, reversed_, layer.module.bias)) > 0.1
 
 
 def test_the_chain_is_orthogonal():
-    layer = make_layer(HRA, d_in=12, d_out=9, r=3, scrambled=True)
+    layer = HRA.layer(d_in=12, d_out=9, r=3, scrambled=True)
     W, changed = layer.module.weight, layer.weight(layer.W)
     torch.testing.assert_close(changed @ changed.T, W @ W.T)
     R = hra.weight(torch.eye(12, dtype=torch.float64), layer.leaves)
@@ -47,7 +46,7 @@ def test_the_chain_is_orthogonal():
 
 
 def test_gradients_at_the_start():
-    layer = make_layer(HRA, d_in=12, d_out=9, r=2)
+    layer = HRA.layer(d_in=12, d_out=9, r=2)
     U = layer.leaves["U"]
     (gradient,) = torch.func.grad(lambda leaves: layer.apply(leaves).square().sum())(
         layer.trained
@@ -64,7 +63,7 @@ def test_start():
 
 
 def test_a_vector_of_zeros_has_a_derivative_too():
-    layer = make_layer(HRA, d_in=5, d_out=4, r=2, scrambled=True, dtype=torch.float32)
+    layer = HRA.layer(d_in=5, d_out=4, r=2, scrambled=True, dtype=torch.float32)
     padded = {"U": torch.cat([layer.leaves["U"], torch.zeros(2, 5)])}
     torch.set_flush_denormal(True)
     try:
@@ -76,7 +75,7 @@ def test_a_vector_of_zeros_has_a_derivative_too():
 
 
 def test_a_vector_of_zeros_reflects_nothing():
-    layer = make_layer(HRA, d_in=5, d_out=4, r=2, scrambled=True)
+    layer = HRA.layer(d_in=5, d_out=4, r=2, scrambled=True)
     U = layer.leaves["U"]
     padded = {"U": torch.cat([U, torch.zeros(2, 5)])}
     torch.testing.assert_close(layer.apply(padded), layer.apply())

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 
 import lora_func as lf
-from tests.support.cases import Case
+from lora_func.testing import Case, layers
 from tests.support.parity import assert_parity
-from tests.support.strategies import layers
 
 
 @given(layer=layers(Case("ia3", lambda r: lf.IA3()), scrambled=True))

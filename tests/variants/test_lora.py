@@ -10,10 +10,9 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
-from tests.support.cases import Case, make_layer
+from lora_func.testing import Case, layers
 from tests.support.models import scramble
 from tests.support.parity import assert_parity, same
-from tests.support.strategies import layers
 
 LORA = Case("lora", lambda r: lf.LoRA(r=r, alpha=5.0))
 
@@ -58,7 +57,7 @@ def test_start():
 
 
 def test_only_the_product_matters():
-    layer = make_layer(LORA, scrambled=True)
+    layer = LORA.layer(scrambled=True)
     Q = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64)).Q
     turned = {"A": Q @ layer.leaves["A"], "B": layer.leaves["B"] @ Q.T}
     torch.testing.assert_close(layer.apply(turned), layer.apply())

@@ -8,10 +8,9 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import Case, layers
 from lora_func.variants import oft
-from tests.support.cases import Case, make_layer
 from tests.support.parity import D_IN, assert_parity, parity_errors, same
-from tests.support.strategies import layers
 
 EXACT = Case("oft", lambda r: lf.OFT(block_size=3), fit=lambda d_in, d_out, r: (3 * d_in, d_out, r))
 
@@ -122,5 +121,5 @@ def test_refuses_blocks_that_do_not_fit():
 
 
 def test_the_number_of_terms_is_in_the_dict():
-    layer = make_layer(Case("oft", lambda r: lf.OFT(block_size=2, neumann_terms=6)))
+    layer = Case("oft", lambda r: lf.OFT(block_size=2, neumann_terms=6)).layer()
     assert torch.equal(layer.leaves["_neumann"], torch.ones(6))

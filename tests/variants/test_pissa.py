@@ -10,10 +10,9 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import Case, layers
 from lora_func.variants import pissa
-from tests.support.cases import Case
 from tests.support.parity import relative
-from tests.support.strategies import layers
 
 PISSA = Case("pissa", lambda r: lf.PiSSA(r=r, alpha=3.0))
 

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
-from tests.support.cases import Case, make_layer
+from lora_func.testing import Case, layers
 from tests.support.parity import assert_parity, same
-from tests.support.strategies import layers
 
 CASES = {
     kind: Case(
@@ -48,7 +47,7 @@ def test_formula(data, kind):
 
 
 def test_groups_of_two_pair_neighbours_as_the_paper_does():
-    layer = make_layer(Case("road1", lambda r: lf.ROAD(group_size=2)), d_out=4)
+    layer = Case("road1", lambda r: lf.ROAD(group_size=2)).layer(d_out=4)
     turned = layer.apply({"theta": torch.full((2, 1), torch.pi / 2, dtype=torch.float64)})
     first, second, third, fourth = layer.module(layer.x).unbind(-1)
     torch.testing.assert_close(turned, torch.stack([-second, first, -fourth, third], -1))

@@ -8,9 +8,8 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
-from tests.support.cases import Case
+from lora_func.testing import Case, layers
 from tests.support.parity import assert_parity, same
-from tests.support.strategies import layers
 
 SHIRA = Case("shira", lambda r: lf.SHiRA(r=1), fit=lambda d_in, d_out, r: (d_in + 2, d_out + 2, 1))
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
-from tests.support.cases import Case, make_layer
+from lora_func.testing import Case, layers
 from tests.support.parity import relative
-from tests.support.strategies import layers
 
 MODES = ("scale", "exp", "add", "ablate")
 
@@ -51,12 +50,12 @@ def test_formula(data, mode):
 @pytest.mark.parametrize("mode", ["scale", "exp", "add"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_coefficient_of_zero_is_off(mode, dtype):
-    layer = make_layer(case(mode, coeff=0.0), scrambled=True, dtype=dtype, leaf_dtype=torch.float32)
+    layer = case(mode, coeff=0.0).layer(scrambled=True, dtype=dtype, leaf_dtype=torch.float32)
     assert torch.equal(layer.apply(), layer.module(layer.x))
 
 
 def test_exp_is_clamped_and_never_turns_a_singular_value_round():
-    layer = make_layer(case("exp", coeff=100.0), scrambled=True)
+    layer = case("exp", coeff=100.0).layer(scrambled=True)
     U, S, Vh = (layer.leaves[name] for name in ("_U", "_S", "_Vh"))
     steered = (U.T @ layer.weight(layer.W) @ Vh.T).diagonal()
     assert (steered > 0).all()
@@ -124,7 +123,7 @@ def test_r_takes_the_directions_in_which_the_pairs_differ_most():
 def test_the_signs_of_singular_pairs_are_part_of_the_method():
     """The signs matter for scale but not for add and ablate, so the file stores them."""
     for mode, seen in (("scale", True), ("add", False), ("ablate", False)):
-        layer = make_layer(case(mode), scrambled=True)
+        layer = case(mode).layer(scrambled=True)
         sign = torch.tensor([-1.0, 1, 1, 1, 1]).double()
         p = layer.leaves
         turned = {"_U": p["_U"] * sign, "_Vh": p["_Vh"] * sign[:, None], "delta": p["delta"] * sign}

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import Case, layers
 from lora_func.variants import ssvd
-from tests.support.cases import Case, make_layer
 from tests.support.parity import assert_parity
-from tests.support.strategies import layers
 
 
 def case(orthogonality):
@@ -75,7 +74,7 @@ def test_ratio():
 
 
 def test_one_direction_has_no_rotation():
-    layer = make_layer(case("strict"), r=1, scrambled=True)
+    layer = case("strict").layer(r=1, scrambled=True)
     assert layer.leaves["K_strict"].shape == (0,)
     assert ssvd.rotation(layer.leaves).item() == 0
 

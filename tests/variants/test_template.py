@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import Case
 from lora_func.variants._template import Template
-from tests.support.cases import Case, make_layer
 
 
 def test_formula():
-    layer = make_layer(Case("template", lambda r: Template(r=r)), scrambled=True)
+    layer = Case("template", lambda r: Template(r=r)).layer(scrambled=True)
     A, B, g = (layer.leaves[leaf] for leaf in ("A", "B", "g"))
     W, b = layer.module.weight, layer.module.bias
     torch.testing.assert_close(layer.apply(), F.linear(layer.x, W + B @ torch.diag(g) @ A, b))

@@ -10,9 +10,8 @@ from hypothesis import given
 from torch import nn
 
 import lora_func as lf
-from tests.support.cases import Case
+from lora_func.testing import Case, layers
 from tests.support.parity import assert_parity, same
-from tests.support.strategies import layers
 
 VERA = Case("vera", lambda r: lf.VeRA(r=r))
 
