@@ -5,9 +5,9 @@ no public way; a canary in ``tests/test_compat.py`` fails when a new release cha
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,12 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def versions_kept(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Keep the versions of tensors that are written with their own numbers: graphs hold them."""
+    versioned = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(versioned)
+
+
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy tensors of the same shapes and dtypes in one kernel; torch has no public name for it."""
     if targets:
@@ -108,8 +114,7 @@ def written_arguments(operation: Any, args: Any, kwargs: Any) -> list[Any]:
 
 def reshape_unsafe(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Reshape an autograd function's output; a public view of it cannot be written to in place."""
-    reshaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
-    return reshaped
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(y, shape))
 
 
 def without_torch_function() -> AbstractContextManager[Any]:
@@ -129,20 +134,15 @@ def gradient_of_entries(gradient: Tensor, x: Tensor, rows: Tensor, columns: Tens
     Returns:
         Shape (nnz,). No public operation gives single entries of a product.
     """
-    entries: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        gradient, x, columns, rows, rows, 0
-    )
-    return entries
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return cast(Tensor, backward(gradient, x, columns, rows, rows, 0))
 
 
 # ------------------------------------------------------------------------------- modules of torch
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """Return the dict in which a module keeps its own parameters; values may be None.
-
-    ``named_parameters(recurse=False)`` is a slow copy without the None; scripted modules have that.
-    """
+    """Return the dict of a module's own parameters, with None; a scripted module gives a copy."""
     own: Any = module.__dict__.get("_parameters")
     return own if isinstance(own, dict) else dict(module.named_parameters(recurse=False))
 

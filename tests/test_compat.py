@@ -74,6 +74,15 @@ def test_identity_and_version():
         assert compat.version_of(torch.zeros(1)) == 0
 
 
+def test_versions_are_kept():
+    tensor = torch.ones(2)
+    with torch.inference_mode():
+        unversioned = torch.ones(2)
+    with compat.versions_kept([tensor, unversioned]):
+        tensor.set_(tensor)
+    assert tensor._version == 0
+
+
 def test_operations():
     assert compat.reshape_unsafe(torch.arange(6.0), (2, 3)).shape == (2, 3)
     gradient, x = torch.randn(4, 5), torch.randn(3, 5)

@@ -103,3 +103,20 @@ def test_eight_threads_on_eight_skeletons_give_the_serial_results(how):
     for i, loss in enumerate(losses):
         torch.testing.assert_close(loss, serial[i // 5])
     assert_same(before, model)
+
+
+def test_no_skeleton_of_a_model_with_an_adapter_attached():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with lf.attach(model, adapter(model, r=2)):
+        with pytest.raises(lf.BusyModelError, match=r"0: has an adapter attached.*remove\(\)"):
+            lf.skeleton(model)
+    lf.skeleton(model)
+
+
+def test_attaching_to_a_skeleton_leaves_the_graphs_of_others_valid():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    params = adapter(model, r=2)
+    loss = lf.fcall(model, params, x).sum()
+    with lf.attach(lf.skeleton(model), params):
+        loss.backward()
+    assert params["0.lora.A"].grad is not None

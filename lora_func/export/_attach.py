@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_func.compat import children_of, parameters_of
+from lora_func.compat import children_of, parameters_of, versions_kept
 from lora_func.export._parametrizations import Leaves, View, views_of
 from lora_func.modules import inner_model, is_spread, shared_parameters, whole
 from lora_func.runtime import Site, check_idle, check_single
@@ -184,7 +184,8 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     try:
         model.requires_grad_(False)
         copies = {key: leaf.detach().clone() for key, leaf in params.items()}
-        _register(handle, layout.sites, copies)
+        with versions_kept(model.parameters()):
+            _register(handle, layout.sites, copies)
     except BaseException:
         torch.set_grad_enabled(grad_mode)  # an interrupt may leave a block of no_grad half-entered
         handle.remove()

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from lora_func.errors import BusyModelError
-from lora_func.modules import identities
+from lora_func.modules import attached_path, identities
+from lora_func.runtime._checks import check_unattached
 from lora_func.runtime._patches import Patch
 from lora_func.weights import is_quantised_state
 
@@ -135,7 +136,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         quantised weights.
 
     Raises:
-        BusyModelError: If the model is running with an adapter.
+        BusyModelError: If the model is running with an adapter, or has one attached.
 
     Example:
         >>> import torch, lora_func as lf
@@ -144,6 +145,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         True
     """
     check_idle(model, "a copy would keep it; make the skeletons first")
+    check_unattached(model, attached_path(model))
     attributes = [value for module in model.modules() for value in vars(module).values()]
     held = [v for v in attributes if isinstance(v, Tensor) or is_quantised_state(v)]
     shared: dict[int, Any] = {

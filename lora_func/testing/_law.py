@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from hypothesis import HealthCheck, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
 from lora_func.testing._cases import Case, Subject
@@ -92,6 +92,7 @@ class Law:
                 deadline=None,
                 derandomize=True,
                 database=None,
+                phases=[Phase.generate, Phase.shrink],
                 report_multiple_bugs=False,
                 verbosity=Verbosity.quiet,
                 suppress_health_check=[*HealthCheck],
