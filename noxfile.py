@@ -64,6 +64,13 @@ def tests_nightly(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Break the code in many places and count the tests that fail; see tests/mutants.py."""
+    install(session, "test", "-e", ".[all]", "cosmic-ray>=8.4")
+    session.run("python", "tests/mutants.py", *session.posargs)
+
+
+@nox.session
 def tables(session: nox.Session) -> None:
     """Write the tables of README, reference and CONTRIBUTING that are made from docstrings."""
     install(session, "test", "-e", ".")
