@@ -31,8 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 TESTS = {
     "numerics": "tests/test_linalg.py tests/test_products.py tests/test_entries.py "
-    "tests/test_dropout.py tests/test_algebra.py tests/test_calibrate.py tests/variants "
-    "tests/test_laws.py",
+    "tests/test_dropout.py tests/test_algebra.py tests/test_calibrate.py tests/variants",
     "variants": "tests/variants tests/test_laws.py tests/test_peft.py tests/test_peft_layers.py "
     "tests/test_configs.py tests/test_products.py tests/test_algebra.py -k '{stem} or algebra'",
     "sweep": "tests/test_sweep.py tests/stateful/test_sweep_life.py",
