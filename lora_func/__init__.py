@@ -14,6 +14,7 @@ from lora_func.configs import (
     LowRankConfig,
     ParameterConfig,
     RankConfig,
+    ScaledConfig,
 )
 from lora_func.errors import AdapterFileError, BusyModelError, FoldError, UnusedLeafError
 from lora_func.export import AsLoRA, Attached, attach, merge, to_lora
@@ -74,6 +75,7 @@ __all__ = [
     "PeftLeaf",
     "PrepareFn",
     "RankConfig",
+    "ScaledConfig",
     "SharedFn",
     "Target",
     "Targets",

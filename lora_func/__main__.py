@@ -1,4 +1,4 @@
-"""The command line: ``python -m lora_func show FILE``, ``convert``, ``diff``."""
+"""The command line: ``python -m lora_func show FILE``, ``convert``, ``diff``, ``variants``."""
 
 import argparse
 import importlib
@@ -13,11 +13,14 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tqdm import tqdm
 
 import lora_func as lf
 from lora_func.adapter import end_of_path, size_of
+from lora_func.costs import cost_of
 from lora_func.files import TRAINING_STATE, adapters_of, byte_view, kind_of, read
 from lora_func.peft import from_peft, read_config, read_tensors, to_peft
+from lora_func.variants import all_variants
 
 CONVERTED = "adapter.safetensors"
 """The file in a folder that ``convert --to lora`` writes."""
@@ -149,6 +152,29 @@ def diff(options: argparse.Namespace) -> int:
     return 1
 
 
+def variants(options: argparse.Namespace) -> int:
+    """Print what each variant costs on one square layer."""
+    table = Table(title=f"one layer {options.width} x {options.width}", box=box.SIMPLE)
+    columns = ("trained", "products per token", "per call", "constants", "start, s")
+    for column in ("variant", "family", *columns):
+        is_text = column in {"variant", "family"}
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
+    listed = sorted(all_variants(), key=lambda variant: variant.family or "")
+    rows = [(v, name, trial) for v in listed for name, trial in v.trials.items()]
+    for variant, name, trial in tqdm(rows, disable=None, leave=False):
+        try:
+            trained, products, fixed, constants, seconds = cost_of(
+                variant, trial, options.width, options.rank
+            )
+        except ValueError as error:
+            table.add_row(name, variant.family, escape(str(error)))
+            continue
+        numbers = (f"{trained:,}", f"{products:,.0f}", f"{fixed:,}", f"{constants:,}")
+        table.add_row(name, variant.family, *numbers, f"{seconds:.3f}")
+    Console(width=max(100, Console().width)).print(table)
+    return 0
+
+
 def _add_base(added: argparse.ArgumentParser, required: bool) -> None:
     name = "AutoModelForCausalLM"
     added.add_argument("--model", required=required, help="the base: folder, or hub name")
@@ -166,9 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora_func", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run: object, help: str) -> argparse.ArgumentParser:
+    def command(run: object, help: str, reads: bool = True) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__, help=help, description=help)  # type: ignore[attr-defined]
-        added.add_argument("file", type=Path)
+        if reads:
+            added.add_argument("file", type=Path)
         added.add_argument(
             "--import",
             dest="imports",
@@ -191,6 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     command(diff, "where two adapters differ; the status is 1 if they do").add_argument(
         "other", type=Path
     )
+    costs = command(variants, "what each variant costs on one square layer", reads=False)
+    costs.add_argument("--width", type=int, default=768)
+    costs.add_argument("--rank", type=int, default=16)
     return parser
 
 

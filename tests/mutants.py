@@ -33,10 +33,14 @@ TESTS = {
     "numerics": "tests/test_linalg.py tests/test_products.py tests/test_entries.py "
     "tests/test_dropout.py tests/test_algebra.py tests/test_calibrate.py tests/variants",
     "variants": "tests/variants tests/test_laws.py tests/test_peft.py tests/test_peft_layers.py "
-    "tests/test_configs.py tests/test_products.py tests/test_algebra.py -k '{stem} or algebra'",
+    "tests/test_configs.py tests/test_products.py tests/test_algebra.py tests/test_dropout.py "
+    "tests/test_variants.py -k '{stem} or algebra or dropout'",
     "sweep": "tests/test_sweep.py tests/stateful/test_sweep_life.py",
 }
 """Package -> the arguments of pytest for one of its files."""
+
+KEYWORDS = {"low_rank": "lora or pissa or eva", "init": "variant"}
+"""Part of a file's name -> what stands in the names of its tests, if that differs."""
 
 SECONDS = 900
 """After which a mutant counts as killed: a loop that does not end."""
@@ -92,7 +96,8 @@ def enter_copy(folder: str) -> None:
 def tried(mutant: Mutant) -> Verdict:
     """Run the tests on a mutant."""
     file = mutant.file
-    chosen = TESTS[file.parent.name].format(stem=file.stem.strip("_"))
+    stem = file.stem.strip("_")
+    chosen = TESTS[file.parent.name].format(stem=KEYWORDS.get(stem, stem))
     command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {chosen}"
     result = mutate_and_test([mutant.specification], command, SECONDS)
     return Verdict(file, not result.is_killed, result.diff or "")

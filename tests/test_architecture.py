@@ -18,7 +18,17 @@ ROOT = PACKAGE.parent
 ORDER = (
     *("version", "errors", "checks", "compat", "modules", "configs", "weights", "variant"),
     *("numerics", "variants", "adapter", "targeting", "runtime", "initialization", "sweep"),
-    *("graphs", "export", "files", "distributed", "peft", "testing", "__init__", "__main__"),
+    *(
+        "graphs",
+        "export",
+        "files",
+        "distributed",
+        "peft",
+        "testing",
+        "__init__",
+        "costs",
+        "__main__",
+    ),
 )
 """The packages and top-level modules; each imports only from those before it, and from itself."""
 

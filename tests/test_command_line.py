@@ -9,6 +9,7 @@ import torch
 
 import lora_func as lf
 from lora_func.peft import from_peft
+from lora_func.variants import all_variants
 from tests.support.models import batch_for, make, scramble
 
 WHERE = ("--out", "{out}", "--model", "{model}")
@@ -189,3 +190,19 @@ def test_a_base_with_settings_and_of_another_package(files, tmp_path):
         done = run("convert", tmp_path / "a", *where, "--model-class", name)
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_variants_lists_what_each_costs():
+    done = run("variants", "--width", "64", "--rank", "4")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()}
+    assert {name for v in all_variants() for name in v.trials} - {"template"} <= rows.keys()
+    assert rows["lora"][:5] == ["low-rank", "512", "512", "0", "1"]
+    assert rows["lora-xs"][:4] == ["SVD", "16", "512", "1,024"]
+    assert rows["ia3"][:5] == ["multiplicative", "64", "0", "0", "0"]
+
+
+def test_variants_says_why_a_width_does_not_fit():
+    done = run("variants", "--width", "48", "--rank", "4")
+    assert done.returncode == 0, done.stderr
+    assert "block_size = 64 does not divide d_in = 48" in " ".join(done.stdout.split())

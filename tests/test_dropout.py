@@ -1,15 +1,18 @@
 """Dropout: where it acts, whose masks it draws, and that it equals PEFT's for the same mask."""
 
 import copy
+import re
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import BdLoraConfig
 from torch import nn
 
 import lora_func as lf
 from lora_func.numerics import DROPOUT, dropout
 from lora_func.peft import from_peft, to_peft
+from lora_func.variants import by_config
 from tests.support.models import batch_for, make, scramble
 
 CONFIGS = [
@@ -19,9 +22,14 @@ CONFIGS = [
     lf.DeLoRA(r=2, dropout=0.4, lambda_=1.0),
     lf.DeLoRA(r=2, dropout=0.4, lambda_=1.0, init="frozen_copy"),
     lf.VeRA(r=2, dropout=0.4),
+    lf.LoRA(r=2, dropout=0.4, bias=True),
+    lf.LoRAXS(r=2, dropout=0.4),
+    lf.BDLoRA(r=2, dropout=0.4),
+    lf.GraLoRA(r=2, hybrid_r=1, dropout=0.4),
+    lf.HiRA(r=2, dropout=0.4),
+    lf.MiSS(r=2, dropout=0.4),
 ]
-NAMES = ["LoRA", "DoRA", "PiSSA", "DeLoRA", "DeLoRA-copy", "VeRA"]
-EACH = pytest.mark.parametrize("cfg", CONFIGS, ids=NAMES)
+EACH = pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: by_config(cfg).name)
 
 
 def layer():
@@ -49,8 +57,21 @@ PEFT_CONFIGS = {
     "dora": peft.LoraConfig(r=2, lora_dropout=0.4, use_dora=True, target_modules=["0"]),
     "conv": peft.LoraConfig(r=2, lora_dropout=0.4, target_modules=["1"]),
     "delora": peft.DeloraConfig(r=2, module_dropout=0.4, target_modules=["0"], delora_lambda=1),
+    "bdlora": peft.LoraConfig(
+        r=2,
+        lora_dropout=0.4,
+        use_bdlora=BdLoraConfig(target_modules_bd_a=["0"], nblocks=2),
+        target_modules=["0"],
+    ),
+    "bias": peft.LoraConfig(r=2, lora_dropout=0.4, lora_bias=True, target_modules=["0"]),
+    "gralora": peft.GraloraConfig(r=2, gralora_dropout=0.4, hybrid_r=1, target_modules=["0"]),
+    "hira": peft.HiraConfig(r=2, hira_dropout=0.4, target_modules=["0"]),
+    "miss": peft.MissConfig(r=2, miss_dropout=0.4, target_modules=["0"]),
     "vera": peft.VeraConfig(r=2, vera_dropout=0.4, target_modules=["0"]),
 }
+
+
+THEIR_NAMES = {"m": "magnitude_vector", "c": "B.bias"}
 
 
 @pytest.mark.parametrize("kind", PEFT_CONFIGS)
@@ -76,13 +97,13 @@ def test_equals_peft_for_the_same_mask(kind, tmp_path):
     seeded(lf.fcall, base, params, x).square().sum().backward()
     wrapped(x).square().sum().backward()
     theirs = {
-        name.split(".default")[0].rpartition("_")[2]: p.grad
+        re.sub(r".*(lora|hira|miss|vera)_|\.default|\.weight", "", name): p.grad
         for name, p in wrapped.named_parameters()
         if p.grad is not None
     }
     for key, leaf in lf.partition(params)[0].items():
-        name = {"m": "vector", "lambda_d": "d", "lambda_b": "b"}.get(key.rpartition(".")[2])
-        found = theirs[name or key.rpartition(".")[2]]
+        name = key.rpartition(".")[2]
+        found = theirs[THEIR_NAMES.get(name, name)]
         torch.testing.assert_close(leaf.grad.flatten(), found.flatten(), atol=1e-4, rtol=1e-4)
     to_peft(params, tmp_path / "again", model=base)
     again = from_peft(tmp_path / "again", base)

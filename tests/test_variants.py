@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lora_func as lf
+from lora_func.variants import all_variants
 from tests.support.models import MODELS, batch_for, make, merged, scramble
 from tests.support.pairs import ADAPTERS, adapter, each_pair, families
 
@@ -105,3 +106,27 @@ def test_trains_on_a_bfloat16_model(case):
     frozen = [key for key, leaf in trained.items() if torch.equal(leaf, start[key])]
     assert not frozen
     assert losses[-1] < losses[0], losses
+
+
+def test_every_variant_runs_as_a_stack():
+    """vcall runs the others with torch.vmap, which is slower."""
+    assert {variant.name for variant in all_variants() if not variant.stacks} == {"full"}
+
+
+JOINED = [variant for variant in all_variants() if variant.join]
+
+
+@pytest.mark.parametrize("variant", JOINED, ids=[variant.name for variant in JOINED])
+def test_joined_statistics_are_those_of_all_data(variant):
+    generator = torch.Generator().manual_seed(0)
+    trials = sorted(variant.trials.values(), key=lambda trial: trial.data)
+    cfg = variant.config(**trials[-1].settings)
+    pairs = (2,) if variant.config is lf.SSteer else ()
+    batches = [
+        (torch.randn(*pairs, n, 6, generator=generator), torch.randn(n, 5, generator=generator))
+        for n in (4, 7)
+    ]
+    first, second = (variant.observe(cfg, None, *batch) for batch in batches)
+    joined = variant.join(first, second)
+    after = variant.observe(cfg, variant.observe(cfg, None, *batches[0]), *batches[1])
+    torch.testing.assert_close(joined, after)

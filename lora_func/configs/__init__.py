@@ -4,7 +4,7 @@ The config of one method stands in its file in ``variants``.
 """
 
 from lora_func.configs._base import AdapterConfig, Calibration, FrozenDict
-from lora_func.configs._ranks import DropoutConfig, LowRankConfig, RankConfig
+from lora_func.configs._ranks import DropoutConfig, LowRankConfig, RankConfig, ScaledConfig
 from lora_func.configs._sites import (
     ALL_LINEAR,
     LinearConfig,
@@ -25,4 +25,5 @@ __all__ = [
     "Patterns",
     "RankConfig",
     "Role",
+    "ScaledConfig",
 ]

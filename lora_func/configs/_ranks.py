@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from lora_func.checks import check_count, check_number, check_patterns
 from lora_func.configs._base import AdapterConfig
@@ -61,15 +61,16 @@ class DropoutConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig(DropoutConfig, RankConfig):
-    """A config of the family ``W + s B A``.
+class ScaledConfig(RankConfig):
+    """A config whose change of the weight has a scale, which may differ by site.
 
     Attributes:
-        alpha: Numerator of the scale ``s = alpha / r``. None, the default, means ``alpha = 2 r``:
-            the scale is 2 at every rank.
+        alpha: Numerator of the scale ``s = alpha / r``. None, the default, means the scale that is
+            usual for the method, at every rank; it is 2 unless the method says otherwise.
         alpha_pattern: Alphas for some sites, by pattern like the ranks.
     """
 
+    usual_scale: ClassVar[float] = 2.0
     alpha: float | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
@@ -82,8 +83,8 @@ class LowRankConfig(DropoutConfig, RankConfig):
 
     @property
     def scale(self) -> float:
-        """The factor ``s`` in ``W + s B A``."""
-        return 2.0 if self.alpha is None else self.alpha / self.r
+        """The factor ``s``."""
+        return self.usual_scale if self.alpha is None else self.alpha / self.r
 
     def at(self, site: str) -> Self:
         """Return the config with the r and alpha of one site."""
@@ -93,6 +94,11 @@ class LowRankConfig(DropoutConfig, RankConfig):
     def site_patterns(self) -> dict[str, tuple[str, ...]]:
         """Return the patterns of the modules to adapt, and those over ranks and alphas."""
         return super().site_patterns() | {"alpha_pattern": (*self.alpha_pattern,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(DropoutConfig, ScaledConfig):
+    """A config of the family ``W + s B A``: a rank, a scale and dropout."""
 
 
 def _check_table(field_name: str, table: Any) -> None:

@@ -66,10 +66,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not formats:
         known = sorted({found.peft_type for _, found in all_formats()})
         raise AdapterFileError(f"{path}: is of kind {kind!r}; the kinds that are read are {known}")
+    config = _flat(config, formats)
     for found in formats:
         config = {**found.defaults, **config}
     _check_settings(path, config, formats)
     return config
+
+
+def _flat(config: Mapping[str, Any], formats: Sequence[PeftFormat]) -> dict[str, Any]:
+    """The config with dotted names for the settings of the sub-configs that are read."""
+    outer = {name.partition(".")[0] for f in formats for name in f.defaults if "." in name}
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = value if name in outer and isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return flat
 
 
 def _check_settings(path: Path, config: Mapping[str, Any], formats: Sequence[PeftFormat]) -> None:

@@ -84,7 +84,7 @@ def to_peft(
         for leaf, name in site.format.shared.items()
     }
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in trained.tensors.items()}
-    _write(Path(folder), tensors, config)
+    _write(Path(folder), tensors, _nested(config))
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -138,9 +138,7 @@ def _config(model: nn.Module, sites: Sequence[PeftSite], trained: Trained) -> di
         check_ambiguous(of_parameters, names)
         config["target_parameters"] = of_parameters
     config |= _settings(sites)
-    for setting in {f.listed for _, f in readable_formats(kind) if f.listed}:
-        listed = [site.path for site in sites if site.format.listed == setting]
-        config[setting] = "|".join(map(re.escape, listed)) if listed else []
+    config |= _lists(kind, sites)
     if any("Conv1D" in site.format.layers for site in sites):
         config["fan_in_fan_out"] = not any(
             isinstance(find_site(model, path)[0], nn.Linear) for path in paths
@@ -152,6 +150,32 @@ def _config(model: nn.Module, sites: Sequence[PeftSite], trained: Trained) -> di
     if trained.bias:
         config["bias"] = trained.bias
     return config
+
+
+def _lists(kind: str, sites: Sequence[PeftSite]) -> dict[str, Any]:
+    """The settings by which PEFT tells the formats of its sites apart."""
+    formats = [f for _, f in readable_formats(kind) if f.listed]
+    found = {
+        str(f.listed): f.lists([site.path for site in sites if site.format.listed == f.listed])
+        for f in formats
+    }
+    for site in sites:
+        for f in formats:
+            if f.means(found, site.path) != (site.format.listed == f.listed):
+                raise ValueError(
+                    f"{site.path}: PEFT would find it by {f.listed} = {found[str(f.listed)]!r}, "
+                    "which is meant for other sites; rename the module, or leave the site out"
+                )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the settings of sub-configs in dicts of their own."""
+    nested: dict[str, Any] = {}
+    for name, value in config.items():
+        outer, _, inner = name.rpartition(".")
+        (nested.setdefault(outer, {}) if outer else nested)[inner] = value
+    return nested
 
 
 def _is_mirrored(sites: Sequence[PeftSite]) -> bool:
@@ -166,7 +190,8 @@ def _settings(sites: Sequence[PeftSite]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     patterns = sites[0].format.patterns
     for name in dict.fromkeys(name for site in sites for name in site.settings):
-        values = {site.path: site.settings.get(name) for site in sites}
+        has_own = [site for site in sites if name in site.settings or "." not in name]
+        values = {site.path: site.settings.get(name) for site in has_own}
         ((common, _),) = Counter(values.values()).most_common(1)
         others = {path: value for path, value in values.items() if value != common}
         if others and name not in patterns:

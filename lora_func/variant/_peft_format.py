@@ -89,8 +89,15 @@ def differs_on_convolution(module: Any) -> str | None:
     return None
 
 
+def regular_expression(paths: Sequence[str]) -> Any:
+    """Return a regular expression that matches paths alone; PEFT wants a list for none."""
+    return "|".join(map(re.escape, paths)) if paths else []
+
+
 class PeftFormat(NamedTuple):
     """One kind of PEFT's adapters, as a variant is written and read.
+
+    A setting of one of PEFT's sub-configs has a dotted name: "use_bdlora.nblocks".
 
     Attributes:
         peft_type: PEFT's name for the kind: "LORA".
@@ -109,6 +116,7 @@ class PeftFormat(NamedTuple):
         inert: Settings that are accepted only at these values, at which they change nothing.
         ignored: Settings that change nothing in a checkpoint that is loaded, at any value.
         listed: A setting that lists the sites of this format, if PEFT tells formats apart by it.
+        lists: From the paths of its sites, the value of that setting; None to leave it out.
         shared: Leaf under ``*`` -> the full name of its tensor.
         layers: The layers on which PEFT stores this format: classes by name (``CONVOLUTIONS`` are
             three), "Parameter" for parameters, "in_proj" and "out_proj" for those of torch's
@@ -129,6 +137,7 @@ class PeftFormat(NamedTuple):
     inert: Mapping[str, tuple[Any, ...]] = {}
     ignored: Collection[str] = ()
     listed: str | None = None
+    lists: Callable[[Sequence[str]], Any] = regular_expression
     shared: Mapping[str, str] = {}
     layers: Collection[str] = ("Linear",)
     refuses: Callable[[Any], str | None] = lambda module: None

@@ -27,6 +27,20 @@ Params: TypeAlias = dict[str, Tensor]
 """An adapter: ``"{site}.{variant}.{leaf}" -> tensor``."""
 
 
+Family: TypeAlias = Literal[
+    "low-rank",
+    "multiplicative",
+    "orthogonal",
+    "SVD",
+    "sparse",
+    "spectral",
+    "shared",
+    "bias",
+    "full",
+]
+"""What the change of a weight is made of."""
+
+
 class Trial(NamedTuple):
     """Settings with which examples and benchmarks try a variant.
 
@@ -65,6 +79,7 @@ class Variant(NamedTuple):
             says that it may be missing. ``r`` is the rank, ``d_out`` and ``d_in`` belong to the
             weight; words may be products (``a*b``, ``d_in/b``), and ``|`` separates alternatives.
             Empty for a variant with ``parameters``, whose leaves have the parameters' own names.
+        family: The group in which tables show it; None for a group of its own.
         prepare: Computes what depends on the leaves alone: once in a call, for all sites of one
             kind, and not at each site. ``apply`` must do the same without it. None for nothing.
         casts: The leaves which ``apply`` needs in the dtype of the activations alone. They are cast
@@ -99,6 +114,7 @@ class Variant(NamedTuple):
     init: InitFn
     apply: ApplyFn
     leaves: Mapping[str, str]
+    family: Family | None = None
     prepare: PrepareFn | None = None
     casts: tuple[str, ...] = ()
     weight: WeightFn | None = None

@@ -11,15 +11,24 @@ from lora_func.configs import AdapterConfig
 from lora_func.variant import Variant, check_variant
 from lora_func.variants import (
     antipasto,
+    bdlora,
     bitfit,
+    c3a,
     delora,
     dora,
     eva,
     full,
+    gralora,
+    hira,
     hra,
     ia3,
     ia3_ff,
+    loha,
+    lokr,
     lora,
+    lora_bias,
+    lora_xs,
+    miss,
     oft,
     pissa,
     road,
@@ -29,15 +38,23 @@ from lora_func.variants import (
     vera,
 )
 from lora_func.variants.antipasto import AntiPaSTO
+from lora_func.variants.bdlora import BDLoRA
 from lora_func.variants.bitfit import BitFit
+from lora_func.variants.c3a import C3A
 from lora_func.variants.delora import DeLoRA
 from lora_func.variants.dora import DoRA
 from lora_func.variants.eva import EVA
 from lora_func.variants.full import Full
+from lora_func.variants.gralora import GraLoRA
+from lora_func.variants.hira import HiRA
 from lora_func.variants.hra import HRA
 from lora_func.variants.ia3 import IA3
 from lora_func.variants.ia3_ff import IA3FF
+from lora_func.variants.loha import LoHa
+from lora_func.variants.lokr import LoKr
 from lora_func.variants.lora import LoRA
+from lora_func.variants.lora_xs import LoRAXS
+from lora_func.variants.miss import MiSS
 from lora_func.variants.oft import OFT
 from lora_func.variants.pissa import PiSSA
 from lora_func.variants.road import ROAD
@@ -47,6 +64,7 @@ from lora_func.variants.ssvd import SSVD
 from lora_func.variants.vera import VeRA
 
 __all__ = [
+    "C3A",
     "EVA",
     "HRA",
     "IA3",
@@ -55,11 +73,18 @@ __all__ = [
     "ROAD",
     "SSVD",
     "AntiPaSTO",
+    "BDLoRA",
     "BitFit",
     "DeLoRA",
     "DoRA",
     "Full",
+    "GraLoRA",
+    "HiRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAXS",
+    "MiSS",
     "PiSSA",
     "SHiRA",
     "SSteer",
@@ -69,15 +94,24 @@ __all__ = [
 
 _TABLE = (
     antipasto.VARIANT,
+    *bdlora.VARIANTS,
     bitfit.VARIANT,
+    c3a.VARIANT,
     delora.VARIANT,
     dora.VARIANT,
     eva.VARIANT,
     full.VARIANT,
+    gralora.VARIANT,
+    hira.VARIANT,
     hra.VARIANT,
     ia3.VARIANT,
     ia3_ff.VARIANT,
+    loha.VARIANT,
+    lokr.VARIANT,
     lora.VARIANT,
+    lora_bias.VARIANT,
+    lora_xs.VARIANT,
+    *miss.VARIANTS,
     oft.VARIANT,
     pissa.VARIANT,
     *road.VARIANTS,

@@ -72,15 +72,29 @@ def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(params["A"], scaled(params["B"], params["_scale"]))]
 
 
-def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
-    r, scales = leaves["A"].shape[-2], [*{*leaves["_scale"].reshape(-1).tolist()}]
+def alpha_of(scale: Tensor, divisor: int) -> float:
+    """Return PEFT's alpha: the number that divided by another gives the scale to the last bit.
+
+    Raises:
+        ValueError: If the matrices of a stack have different scales.
+    """
+    scales = [*{*scale.reshape(-1).tolist()}]
     if len(scales) > 1:
         raise ValueError(f"its matrices have the scales {scales}; PEFT has one for all of them")
-    (scale,) = scales
-    # the alpha that divided by r gives the scale to the last bit
-    alpha = scale * r
+    alpha = scales[0] * divisor
     near = (alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
-    settings = {"r": r, "lora_alpha": next((a for a in near if a / r == scale), alpha)}
+    return next((a for a in near if a / divisor == scales[0]), alpha)
+
+
+def scale_like(scale: float, factor: Tensor) -> dict[str, Tensor]:
+    """Return the leaf of a scale that a config of PEFT gives, for the matrices of a factor."""
+    dtype = torch.promote_types(factor.dtype, torch.float32)
+    return {"_scale": torch.full(factor.shape[:-2], scale, dtype=dtype)}
+
+
+def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+    r = leaves["A"].shape[-2]
+    settings = {"r": r, "lora_alpha": alpha_of(leaves["_scale"], r)}
     return settings | dropout_setting("lora_dropout", leaves)
 
 
@@ -89,11 +103,7 @@ def _peft_scale(
 ) -> dict[str, Tensor]:
     r = leaves["A"].shape[-2]
     scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
-    dtype = torch.promote_types(leaves["A"].dtype, torch.float32)
-    return {
-        "_scale": torch.full(leaves["A"].shape[:-2], scale, dtype=dtype),
-        **dropout_leaf(config["lora_dropout"]),
-    }
+    return scale_like(scale, leaves["A"]) | dropout_leaf(config["lora_dropout"])
 
 
 def _without_dropout(
@@ -116,13 +126,19 @@ PEFT_LORA = PeftFormat(
     settings=_peft_settings,
     constants=_peft_scale,
     means=lambda config, path: (
-        not config.get("use_dora") and config.get("init_lora_weights") != "pissa"
+        not config.get("use_dora")
+        and config.get("init_lora_weights") != "pissa"
+        and not config.get("lora_bias")
+        and not any(
+            name in path.rpartition(".")[2]
+            for side in "ab"
+            for name in config.get(f"use_bdlora.target_modules_bd_{side}") or ()
+        )
     ),
     patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
     defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False},
     inert={
         "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
-        "lora_bias": (None, False),
         "use_qalora": (None, False),
         "use_bdlora": (None, False),
         "alora_invocation_tokens": (None,),

@@ -106,6 +106,7 @@ def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> T
 VARIANT = Variant(
     name="template",
     config=Template,
+    family="low-rank",
     init=init,
     apply=apply,
     leaves={"A": "r d_in", "B": "d_out r", "g": "r"},

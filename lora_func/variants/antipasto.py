@@ -193,6 +193,7 @@ _ROTATIONS = {"rot_V?": "blocks pairs", "rot_U?": "blocks pairs"}
 VARIANT = Variant(
     name="antipasto",
     config=AntiPaSTO,
+    family="SVD",
     init=init,
     apply=apply,
     prepare=prepare,

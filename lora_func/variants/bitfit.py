@@ -98,6 +98,7 @@ def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
 VARIANT = Variant(
     name="bitfit",
     config=BitFit,
+    family="bias",
     init=init,
     apply=apply,
     weight=weight,

@@ -170,6 +170,7 @@ def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> T
 VARIANT = Variant(
     name="delora",
     config=DeLoRA,
+    family="low-rank",
     init=init,
     apply=apply,
     prepare=prepare,

@@ -175,6 +175,7 @@ _PEFT = (
 VARIANT = Variant(
     name="dora",
     config=DoRA,
+    family="low-rank",
     init=init,
     apply=apply,
     prepare=prepare,

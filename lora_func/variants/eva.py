@@ -157,6 +157,7 @@ def init(
 VARIANT = Variant(
     name="eva",
     config=EVA,
+    family="low-rank",
     init=init,
     apply=apply,
     prepare=prepare,

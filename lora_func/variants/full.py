@@ -90,6 +90,7 @@ def parameters(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[
 VARIANT = Variant(
     name="full",
     config=Full,
+    family="full",
     init=init,
     apply=apply,
     weight=weight,

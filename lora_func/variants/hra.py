@@ -131,6 +131,7 @@ def _differs_in_peft(module: Any) -> str | None:
 VARIANT = Variant(
     name="hra",
     config=HRA,
+    family="orthogonal",
     init=init,
     apply=apply,
     prepare=prepare,

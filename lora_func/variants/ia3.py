@@ -93,6 +93,7 @@ def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor | None:
 VARIANT = Variant(
     name="ia3",
     config=IA3,
+    family="multiplicative",
     init=init,
     apply=apply,
     prepare=prepare,

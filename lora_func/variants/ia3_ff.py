@@ -89,6 +89,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 VARIANT = Variant(
     name="ia3_ff",
     config=IA3FF,
+    family="multiplicative",
     init=init,
     apply=apply,
     prepare=prepare,

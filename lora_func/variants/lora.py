@@ -44,6 +44,7 @@ class LoRA(LowRankConfig):
 
     Attributes:
         rslora: Scale by ``alpha / √r`` instead of ``alpha / r``; with alpha None, s stays 2.
+        bias: Whether the bias of the layer is trained too, as ``lora_bias`` says.
 
     Example:
         >>> import torch, lora_func as lf
@@ -53,10 +54,17 @@ class LoRA(LowRankConfig):
     """
 
     rslora: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("rslora", self.rslora)
+        check_flag("bias", self.bias)
+
+    @property
+    def variant(self) -> str:
+        """The name that belongs to the setting of the bias."""
+        return "lora_bias" if self.bias else "lora"
 
     @property
     def scale(self) -> float:
@@ -93,6 +101,7 @@ def from_factors(A: Tensor, B: Tensor) -> dict[str, Tensor]:
 VARIANT = Variant(
     name="lora",
     config=LoRA,
+    family="low-rank",
     init=init,
     apply=apply,
     prepare=prepare,

@@ -204,6 +204,7 @@ _SIZES = {"r": 0, "oft_block_size": 32}
 VARIANT = Variant(
     name="oft",
     config=OFT,
+    family="orthogonal",
     init=init,
     apply=apply,
     prepare=prepare,

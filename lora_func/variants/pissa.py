@@ -192,6 +192,7 @@ _PEFT_START = PEFT_LORA._replace(
 VARIANT = Variant(
     name="pissa",
     config=PiSSA,
+    family="SVD",
     init=init,
     apply=apply,
     prepare=prepare,

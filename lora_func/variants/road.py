@@ -186,6 +186,7 @@ def _variant(kind: int) -> Variant:
     return Variant(
         name=f"road{kind}",
         config=ROAD,
+        family="orthogonal",
         init=init,
         apply=apply,
         prepare=prepare,

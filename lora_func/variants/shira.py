@@ -159,6 +159,7 @@ def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
 VARIANT = Variant(
     name="shira",
     config=SHiRA,
+    family="sparse",
     init=init,
     apply=apply,
     prepare=prepare,

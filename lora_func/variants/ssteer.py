@@ -15,9 +15,8 @@ References:
 
 Deviations: coordinates are x V √S as in the README and steering-lite; ``ssteer_v3.py`` projects
 outputs by U √S. δ = normalize(mean(√S h₊) - mean(√S h₋)) over pairs, at the last token. scale and
-exp depend on the signs of singular pairs, so these are part of the method: a pair of vectors is
-turned round where fewer than half of the pairs have the positive one ahead. The references freeze
-δ; here it may be trained, from zero too where that has a gradient (scale, exp).
+exp depend on the signs of singular vectors, so the method sets them: two are turned where fewer
+than half of the pairs have the positive one ahead. The references freeze δ; here it may train.
 """
 
 from collections.abc import Callable, Mapping
@@ -227,6 +226,7 @@ def _variant(
     return Variant(
         name=_NAMES[mode],
         config=SSteer,
+        family="SVD",
         init=init,
         apply=apply,
         prepare=prepare,

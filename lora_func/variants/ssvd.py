@@ -150,6 +150,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
 VARIANT = Variant(
     name="ssvd",
     config=SSVD,
+    family="SVD",
     init=init,
     apply=apply,
     prepare=prepare,

@@ -128,6 +128,7 @@ def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> T
 VARIANT = Variant(
     name="vera",
     config=VeRA,
+    family="shared",
     init=init,
     apply=apply,
     casts=("lambda_d", "lambda_b", "_A", "_B"),

@@ -138,6 +138,21 @@ def reading(W, params, x):
     return apply(W, params, x) + 0 * x.sum()
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t):
+        ctx.twice = 2 * t.detach()
+        return t * t
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.twice
+
+
+def once_differentiable(W, params, x):
+    return apply(W, {**params, "B": Square.apply(params["B"])}, x)
+
+
 def named(leaf):
     return lf.PeftLeaf(f"lora_{leaf}.weight")
 
@@ -165,6 +180,10 @@ FAULTS = {
     "apply_takes_a_stack": {"apply": unstacked},
     "products_with_x_are_all_that_apply_needs": {"apply": reading},
     "output_has_the_dtype_of_the_layer": {"apply": leaking},
+    "double_backward_is_the_derivative_of_the_gradient": {
+        "apply": once_differentiable,
+        "weight": None,
+    },
     "zero_rows_stay_finite": {"apply": dividing, "products_only": False, "stacks": False},
     "autocast_keeps_start_and_dtype": {"apply": casting},
     "prepared_leaves_give_the_same": {"prepare": prepare, "apply": prepared},

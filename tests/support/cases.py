@@ -9,6 +9,8 @@ from lora_func.variants._template import Template
 
 A = frozenset({"A"})
 TWICE = {"fit": lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2 * r)}
+FOUR_TIMES = {"fit": lambda d_in, d_out, r: (4 * d_in, 4 * d_out, r)}
+FIVE_TIMES = {"fit": lambda d_in, d_out, r: (5 * d_in, 5 * d_out, r)}
 WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
 WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
 EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
@@ -29,8 +31,20 @@ CASES = [
         data="inputs",
         **TWICE,
     ),
+    *(
+        Case(f"bdlora-{side}", lambda r, s=side: lf.BDLoRA(r=r, side=s), dead=A, **TWICE)
+        for side in "AB"
+    ),
     Case("bitfit", lambda r: lf.BitFit(), bias=True),
     Case("bitfit-new", lambda r: lf.BitFit(allow_new_bias=True), bias=False),
+    Case("c3a", lambda r: lf.C3A(block_size=4), **FOUR_TIMES),
+    Case("c3a-odd", lambda r: lf.C3A(block_size=5), **FIVE_TIMES),
+    Case(
+        "c3a-xavier",
+        lambda r: lf.C3A(block_size=4, start="xavier_uniform"),
+        start="elsewhere",
+        **FOUR_TIMES,
+    ),
     Case("delora", lambda r: lf.DeLoRA(r=r), dead=frozenset({"A", "lambda"}), jumps=True, **WIDE),
     Case(
         "delora-copy",
@@ -43,12 +57,43 @@ CASES = [
     Case("full", lambda r: lf.Full(target_parameters=".*")),
     Case("full-weight", lambda r: lf.Full(target_parameters="weight")),
     Case("full-bias", lambda r: lf.Full(target_parameters="bias"), bias=True),
+    Case("gralora", lambda r: lf.GraLoRA(r=r), dead=A, **TWICE),
+    Case(
+        "gralora-hybrid",
+        lambda r: lf.GraLoRA(r=r, hybrid_r=1, alpha=3.0),
+        dead=frozenset({"A", "A_general"}),
+        **TWICE,
+    ),
+    Case("hira", lambda r: lf.HiRA(r=r), dead=A),
     Case("hra", lambda r: lf.HRA(r=r), start="close", **EVEN),
     Case("ia3", lambda r: lf.IA3()),
     Case("ia3_ff", lambda r: lf.IA3FF()),
+    Case("loha", lambda r: lf.LoHa(r=r), dead=frozenset({"A1", "B1", "B2"})),
+    Case(
+        "lokr",
+        lambda r: lf.LoKr(r=r, decompose_factor=2),
+        dead=frozenset({"w2_a", "w2_b"}),
+        fit=lambda d_in, d_out, r: (16 * d_in, 16 * d_out, min(r, 3)),
+    ),
+    Case("lokr-whole", lambda r: lf.LoKr(r=9), dead=frozenset({"w2"})),
+    Case(
+        "lokr-both",
+        lambda r: lf.LoKr(r=1, alpha=3.0, decompose_both=True, decompose_factor=4, zero="w2"),
+        dead=frozenset({"w1_a", "w1_b", "w2_a"}),
+        fit=lambda d_in, d_out, r: (16 * d_in, 16, 1),
+    ),
     Case("lora", lambda r: lf.LoRA(r=r), dead=A),
+    Case("lora-bias", lambda r: lf.LoRA(r=r, alpha=3.0, bias=True), bias=True, dead=A),
+    Case("lora_xs", lambda r: lf.LoRAXS(r=r)),
     Case("lora-alpha", lambda r: lf.LoRA(r=r, alpha=3.0), dead=A),
     Case("rslora", lambda r: lf.LoRA(r=r, alpha=5.0, rslora=True), dead=A),
+    Case("miss", lambda r: lf.MiSS(r=r)),
+    Case("miss-mini", lambda r: lf.MiSS(r=r, form="mini", mini_r=2), **TWICE),
+    Case(
+        "miss-bat",
+        lambda r: lf.MiSS(r=2, form="bat"),
+        fit=lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2),
+    ),
     Case("oft", lambda r: lf.OFT(block_size=2), **TWICE),
     Case("oft-neumann", lambda r: lf.OFT(block_size=2, neumann_terms=5), **TWICE),
     Case("pissa", lambda r: lf.PiSSA(r=r)),

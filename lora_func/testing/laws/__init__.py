@@ -16,6 +16,7 @@ from lora_func.testing.laws._claims import (
 from lora_func.testing.laws._files import files_keep_every_bit, peft_computes_the_same
 from lora_func.testing.laws._gradients import (
     directional_derivative_is_the_gradient,
+    double_backward_is_the_derivative_of_the_gradient,
     each_leaf_gets_a_gradient,
     float32_leaves_learn_on_a_half_precision_layer,
     gradients_are_those_of_finite_differences,
@@ -69,6 +70,7 @@ LAWS = (
     each_leaf_gets_a_gradient,
     gradients_are_those_of_finite_differences,
     directional_derivative_is_the_gradient,
+    double_backward_is_the_derivative_of_the_gradient,
     float32_leaves_learn_on_a_half_precision_layer,
     zero_rows_stay_finite,
     apply_is_a_function,
@@ -103,6 +105,7 @@ __all__ = [
     "bare_weight_is_a_layer_without_bias",
     "change_is_linear_around_the_neutral_leaves",
     "directional_derivative_is_the_gradient",
+    "double_backward_is_the_derivative_of_the_gradient",
     "each_leaf_gets_a_gradient",
     "factors_multiply_to_the_change",
     "files_keep_every_bit",

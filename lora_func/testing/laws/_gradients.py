@@ -71,6 +71,41 @@ def directional_derivative_is_the_gradient(case: Case, draw: Draw) -> None:
 
 
 @law(
+    applies=lambda case: not case.detached,
+    foreign=True,
+    hint="the backward pass of a custom autograd function uses what it saved as a constant: with "
+    "gradients enabled, compute it again",
+)
+def double_backward_is_the_derivative_of_the_gradient(case: Subject, draw: Draw) -> None:
+    """``∂ ⟨∂f/∂p, t⟩ / ∂p == (∂f/∂p (p + h t) - ∂f/∂p (p - h t)) / 2h`` of ``f = ‖apply‖²``."""
+    layer = draw(layers(case, scrambled=True, dtype=torch.float64))
+    generator, h = torch.Generator().manual_seed(1), 1e-5
+    tangents = {name: random_like(leaf, generator) for name, leaf in layer.trained.items()}
+
+    def gradients(step: float, create_graph: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [
+            (leaf + step * tangents[name]).detach().requires_grad_()
+            for name, leaf in layer.trained.items()
+        ]
+        y = layer.apply(dict(zip(tangents, leaves, strict=True)))
+        found = torch.autograd.grad(y.square().sum(), leaves, create_graph=create_graph)
+        return leaves, [*found]
+
+    leaves, found = gradients(0.0, create_graph=True)
+    along = sum((g * t).sum() for g, t in zip(found, tangents.values(), strict=True))
+    assert isinstance(along, Tensor)
+    second = [torch.zeros_like(leaf) for leaf in leaves]
+    if along.requires_grad:
+        second = [*torch.autograd.grad(along, leaves, materialize_grads=True)]
+    ahead, behind = gradients(h)[1], gradients(-h)[1]
+    for name, ours, after, before in zip(tangents, second, ahead, behind, strict=True):
+        difference = (after - before) / (2 * h)
+        size = max(difference.abs().max().item(), ours.abs().max().item(), 1.0)
+        error = (ours - difference).abs().max().item()
+        assert error <= 1e-4 * size, f"{name}: off by {error:.2g} at {size:.2g}"
+
+
+@law(
     foreign=True,
     hint="norms and rotations need float32 on a half-precision layer; a leaf that is cast to half "
     "precision and back loses its gradient in rounding",

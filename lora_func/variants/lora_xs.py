@@ -1,0 +1,158 @@
+"""LoRA-XS: a trained r x r core between frozen singular vectors of the weight.
+
+    W' = W + s U R diag(S) Vᵀ,   U, S, V the r largest singular triplets of W;   s = alpha / r
+
+*Identity at the start because* R = 0, so the added term is exactly zero in every dtype.
+
+Asks of W: the dense weight at init; ``linear`` only afterwards.
+
+References:
+    https://arxiv.org/abs/2405.17604, eq. 3. Code: MohammadrezaBanaei/LoRA-XS
+    ``utils/initialization_utils.py``.
+
+Deviations: the authors draw R from N(0, 1e-5²); ``sigma`` gives that, and 0 is our default, where
+the gradient of R is alive. The paper multiplies row vectors, so its R is the transpose of this one,
+which is that of the code. PEFT has no such method; it is written as the LoRA with A = diag(S) Vᵀ
+and B = U R. The scale is 1 and the learning rate about 4e-3, ten times that of LoRA.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from lora_func.checks import check_number
+from lora_func.configs import LowRankConfig
+from lora_func.numerics import (
+    DROPOUT,
+    add_low_rank,
+    dropout_leaf,
+    low_rank_norm,
+    scaled,
+    svd,
+)
+from lora_func.variant import Trial, Variant, prepared
+from lora_func.variants._low_rank import PEFT_FORMATS
+from lora_func.weights import Weight, dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAXS(LowRankConfig):
+    """LoRA with extremely small numbers of parameters: r² for each site.
+
+    Attributes:
+        sigma: The standard deviation of the core at the start; above 0 the start is not the base.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.LoRAXS(r=2))
+        >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}
+        {'0.lora_xs.R': (2, 2)}
+    """
+
+    usual_scale: ClassVar[float] = 1.0
+    r: int = 64
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("sigma", self.sigma)
+        if self.sigma < 0:
+            raise ValueError(f"sigma: got {self.sigma}, expected at least 0")
+
+
+def init(W: Weight, cfg: LoRAXS, generator: Generator, stats: None = None) -> dict[str, Tensor]:
+    """Take the singular vectors; the core is zero, or drawn.
+
+    Returns:
+        R (r, r), _A (r, d_in), _B (d_out, r), _scale (); _dropout () if there is any.
+    """
+    U, S, Vh = svd(dense(W), cfg.r)
+    return {
+        "R": cfg.sigma * torch.randn(cfg.r, cfg.r, generator=generator, dtype=torch.float32),
+        "_A": S[:, None] * Vh,
+        "_B": U,
+        "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
+        **dropout_leaf(cfg.dropout),
+    }
+
+
+def _up(params: Mapping[str, Tensor]) -> Tensor:
+    return scaled(params["_B"] @ params["R"], params["_scale"])
+
+
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute ``s U R``.
+
+    Returns:
+        up (d_out, r).
+    """
+    return {"up": _up(params).to(dtype)}
+
+
+def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute ``linear(x, W) + s drop(x) (U R diag(S) Vᵀ)ᵀ``.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    if "up" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    return add_low_rank(x, W, params["_A"], params["up"], rate=params.get(DROPOUT))
+
+
+def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + s U R diag(S) Vᵀ``.
+
+    Returns:
+        Shape (d_out, d_in).
+    """
+    W = dense(W)
+    return W + (_up(params) @ params["_A"]).to(W.dtype)
+
+
+def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
+    """Compute the norm of the change.
+
+    Returns:
+        Shape ().
+    """
+    return low_rank_norm(params["_A"], params["_B"] @ params["R"], params["_scale"])
+
+
+def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Give the factors, the core and the scale in B.
+
+    Returns:
+        One pair, shapes (..., r, d_in) and (..., d_out, r).
+    """
+    return [(params["_A"], _up(params))]
+
+
+def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kept = {leaf: leaves[leaf] for leaf in ("_scale", DROPOUT) if leaf in leaves}
+    return {"A": leaves["_A"], "B": leaves["_B"] @ leaves["R"], **kept}
+
+
+VARIANT = Variant(
+    name="lora_xs",
+    config=LoRAXS,
+    family="SVD",
+    init=init,
+    apply=apply,
+    prepare=prepare,
+    casts=("_A",),
+    weight=weight,
+    delta_norm=delta_norm,
+    leaves={"R": "r r", "_A": "r d_in", "_B": "d_out r", "_scale": "", "_dropout?": ""},
+    low_rank=low_rank,
+    peft=tuple(one._replace(convert=_as_lora) for one in PEFT_FORMATS),
+    trials={"lora-xs": Trial({"r": 16}, lr=4e-3)},
+    pads=True,
+    stacks=True,
+    products_only=True,
+)
