@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import lora_func as lf
 from lora_func.testing import LAWS
+from lora_func.variant import Family
 from lora_func.variants import all_variants
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +31,18 @@ def built_in() -> list[lf.Variant]:
     return [v for v in all_variants() if inside.fullmatch(found[v.name])]
 
 
-def configs() -> Iterator[tuple[type[lf.AdapterConfig], str]]:
-    """Each config class of the library, and the docstring of its module."""
-    for config in dict.fromkeys(variant.config for variant in built_in()):
-        yield config, inspect.cleandoc(sys.modules[config.__module__].__doc__ or "")
+def grouped() -> list[lf.Variant]:
+    """The same, by families in the order in which they are declared."""
+    return sorted(built_in(), key=lambda variant: get_args(Family).index(variant.family))
+
+
+def configs() -> Iterator[tuple[type[lf.AdapterConfig], str, str | None]]:
+    """Each config class of the library, the docstring of its module and the family, by families."""
+    found: dict[type[lf.AdapterConfig], str | None] = {}
+    for variant in grouped():
+        found.setdefault(variant.config, variant.family)
+    for config, family in found.items():
+        yield config, inspect.cleandoc(sys.modules[config.__module__].__doc__ or ""), family
 
 
 def link(address: str) -> str:
@@ -43,12 +53,13 @@ def link(address: str) -> str:
 
 def variants() -> list[str]:
     """What each config does, and where it comes from."""
-    rows = ["| config | what it does | source |", "|---|---|---|"]
-    for config, text in configs():
+    rows = ["| family | config | what it does | source |", "|---|---|---|---|"]
+    for config, text, family in configs():
         phrase = text.split("\n")[0].partition(": ")[2].rstrip(".")
         cited = text.partition("References:")[2].partition("\n\n")[0]
         sources = dict.fromkeys(re.findall(r"https://[^\s,;)]+[^\s,;).]", cited))
-        rows.append(f"| `{config.__name__}` | {phrase} | {', '.join(map(link, sources)) or '–'} |")
+        cells = (family, f"`{config.__name__}`", phrase, ", ".join(map(link, sources)) or "–")
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
 
@@ -57,7 +68,7 @@ def settings() -> list[str]:
     common = {field.name for field in (*fields(lf.LinearConfig), *fields(lf.LowRankConfig))}
     common -= {"r", "alpha"}
     rows = ["| config | fields | variants |", "|---|---|---|"]
-    for config, _ in configs():
+    for config, *_ in configs():
         own = [f for f in fields(config) if f.name not in common and f.name in shown(config)]
         names = [variant.name for variant in built_in() if variant.config is config]
         listed = ", ".join(f"{f.name}={f.default!r}" for f in own)
@@ -72,13 +83,14 @@ def shown(config: type[lf.AdapterConfig]) -> set[str]:
 
 def properties() -> list[str]:
     """What each variant can do, read from its fields."""
-    rows = ["| variant | weight | mixed ranks | embeddings, convolutions | `combine` | PEFT |"]
-    rows += ["|---|---|---|---|---|---|"]
-    for variant in built_in():
+    columns = ("family", "variant", "weight", "mixed ranks", "embeddings, convolutions")
+    rows = [f"| {' | '.join(columns)} | `combine` | PEFT |", "|---|---|---|---|---|---|---|"]
+    for variant in grouped():
         sums = "low rank" if variant.low_rank else "leaves" if variant.neutral else "–"
         kinds = dict.fromkeys(one.peft_type for one in variant.peft)
         narrow = "narrow products" if variant.products_only else "whole weight"
         cells = [
+            str(variant.family),
             f"`{variant.name}`",
             "yes" if variant.weight else "no",
             "yes" if variant.pads else "–",

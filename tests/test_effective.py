@@ -85,7 +85,7 @@ PLACES = {
         "attention.out_proj.weight",
     ),
     "a parameter": (
-        nn.Sequential(Conv1D(6, 8)),
+        nn.Sequential(Conv1D(12, 8)),
         torch.randn(3, 8),
         {"target_modules": (), "target_parameters": "weight"},
         "0.weight",
@@ -150,6 +150,10 @@ def test_the_adapted_module_runs_with_the_adapted_weight(case, place):
             adapter(case, place)
         return
     params = adapter(case, place)
+    if case.name == "lora-bias" and isinstance(model, nn.Embedding):
+        with pytest.raises(TypeError, match="adds a bias, and its module has no place for one"):
+            lf.fcall(model, params, x)
+        return
     frozen = model(x)
     if case.start == "exact":
         with torch.no_grad():  # torch uses other kernels for weights that require grad

@@ -345,7 +345,7 @@ def test_what_is_not_read(tmp_path):
             from_peft(tmp_path, model)
         path.write_text(json.dumps(config))
 
-    refused("is of kind 'LOHA'; the kinds that are read are", peft_type="LOHA")
+    refused("is of kind 'XLORA'; the kinds that are read are", peft_type="XLORA")
     refused("init_lora_weights is 'olora'; this setting", init_lora_weights="olora")
     refused("use_new_forward is True; this setting of LORA is unknown", use_new_forward=True)
     refused("are not what the config says", use_dora=True)

@@ -4,6 +4,7 @@ Functions here take tensors and frozen weights. What belongs to one method alone
 in ``variants``.
 """
 
+from lora_func.numerics._dense import add_dense
 from lora_func.numerics._dropout import DROPOUT, dropout, dropout_leaf, dropout_setting
 from lora_func.numerics._entries import add_entries, prepare_entries, weight_with_entries
 from lora_func.numerics._linalg import (
@@ -28,7 +29,6 @@ from lora_func.numerics._products import (
     add_low_rank,
     add_scaled,
     is_eager,
-    linear_dense,
     low_rank_term,
     scale_output,
     scaled,
@@ -40,6 +40,7 @@ __all__ = [
     "SINGULAR",
     "Components",
     "Moments",
+    "add_dense",
     "add_entries",
     "add_low_rank",
     "add_scaled",
@@ -53,7 +54,6 @@ __all__ = [
     "is_eager",
     "join_moments",
     "kaiming_uniform",
-    "linear_dense",
     "low_rank_difference",
     "low_rank_norm",
     "low_rank_term",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_func.compat import autocasts, reshape_unsafe, transformed
 from lora_func.numerics._dropout import dropout
 from lora_func.numerics._linalg import along_rows
-from lora_func.weights import Affine, Weight, bias_of, linear
+from lora_func.weights import Affine, Weight, linear
 
 
 def add_low_rank(
@@ -74,24 +74,6 @@ def low_rank_term(x: Any, down: Tensor, up: Tensor) -> Tensor:
         Shape (..., d_out).
     """
     return torch.matmul(x, down.to(x.dtype).mT) @ up.to(x.dtype).mT
-
-
-def linear_dense(x: Tensor, weight: Tensor, W: Weight) -> Tensor:
-    """Apply an adapted weight, with the bias that the frozen one may carry.
-
-    Args:
-        x: Shape (..., d_in); (K, n, d_in) for K weights.
-        weight: Shape (d_out, d_in), or (K, d_out, d_in).
-        W: The frozen weight.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    bias = bias_of(W)
-    if weight.ndim == 2:
-        return F.linear(x, weight, bias)
-    y = x @ weight.mT
-    return y if bias is None else y + bias.to(y.dtype)
 
 
 def scaled(t: Tensor, scale: Tensor | None) -> Tensor:

@@ -192,6 +192,10 @@ def _settings(sites: Sequence[PeftSite]) -> dict[str, Any]:
     for name in dict.fromkeys(name for site in sites for name in site.settings):
         has_own = [site for site in sites if name in site.settings or "." not in name]
         values = {site.path: site.settings.get(name) for site in has_own}
+        choices = [value for value in values.values() if isinstance(value, frozenset)]
+        if choices and (fitting := frozenset.intersection(*choices)):
+            config[name] = min(fitting)
+            continue
         ((common, _),) = Counter(values.values()).most_common(1)
         others = {path: value for path, value in values.items() if value != common}
         if others and name not in patterns:

@@ -28,13 +28,22 @@ from lora_func.variant._protocols import (
     SharedFn,
     WeightFn,
 )
-from lora_func.variant._variant import Params, Trial, Variant, check_variant, rank_of, ranks_of
+from lora_func.variant._variant import (
+    Family,
+    Params,
+    Trial,
+    Variant,
+    check_variant,
+    rank_of,
+    ranks_of,
+)
 
 __all__ = [
     "CONVOLUTIONS",
     "ApplyFn",
     "BiasFn",
     "ConcludeFn",
+    "Family",
     "InitFn",
     "JoinFn",
     "LowRankFn",

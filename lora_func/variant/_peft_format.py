@@ -102,8 +102,9 @@ class PeftFormat(NamedTuple):
     Attributes:
         peft_type: PEFT's name for the kind: "LORA".
         leaves: Leaf -> its tensor. Constants that no tensor holds are left out.
-        settings: From a site's leaves and the shape of its weight, its part of the config. Raises
-            ValueError for leaves that PEFT cannot hold.
+        settings: From a site's leaves and the shape of its weight, its part of the config; a
+            frozenset where each of several values gives these leaves. Raises ValueError for leaves
+            that PEFT cannot hold.
         constants: From the config, a site's leaves and its weight, the constants that no tensor of
             a checkpoint holds.
         means: From the config and the path of a module, whether this format is meant there, where

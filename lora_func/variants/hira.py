@@ -25,14 +25,14 @@ from torch import Generator, Tensor
 from lora_func.configs import DropoutConfig, RankConfig
 from lora_func.numerics import (
     DROPOUT,
+    add_dense,
     dropout,
     dropout_leaf,
     dropout_setting,
     kaiming_uniform,
-    linear_dense,
 )
 from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
-from lora_func.weights import Weight, dense, linear
+from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +63,18 @@ def init(W: Weight, cfg: HiRA, generator: Generator, stats: None = None) -> dict
     }
 
 
+def _change(W: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+    return W * torch.matmul(params["B"], params["A"]).to(W.dtype)
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute ``linear(x, W')``; with dropout ``linear(x, W) + drop(x) (W ⊙ (B A))ᵀ``.
 
     Returns:
         Shape (..., d_out).
     """
-    if DROPOUT not in params:
-        return linear_dense(x, weight(W, params), W)
-    change = dense(W) * _factor(params, W.dtype)
-    added: Tensor = dropout(x, params[DROPOUT]) @ change.to(x.dtype).mT
-    return linear(x, W) + added
-
-
-def _factor(params: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.matmul(params["B"], params["A"]).to(dtype)
+    dropped = dropout(x, params[DROPOUT]) if DROPOUT in params else None
+    return add_dense(x, W, _change(dense(W), params), dropped)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -87,7 +84,7 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    return torch.addcmul(W, W, _factor(params, W.dtype))
+    return W + _change(W, params)
 
 
 VARIANT = Variant(

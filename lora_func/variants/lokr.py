@@ -4,11 +4,9 @@
 
 A factor is stored whole, or as a product of rank r where that is smaller.
 
-*Identity at the start because* the factor that ``zero`` names is zero, so that the added term is
-exactly zero in every dtype.
+*Identity at the start because* the factor that ``zero`` names is zero, and so is the added term.
 
-Asks of W: ``linear`` only. The product is never built: x is viewed as p x q, and each side is
-multiplied by its factor.
+Asks of W: ``linear`` only. x is viewed as p x q, and each side is multiplied by its factor.
 
 References:
     LyCORIS, https://arxiv.org/abs/2309.14859, section 3.2. Code: KohakuBlueleaf/LyCORIS
@@ -189,13 +187,16 @@ def _norm(params: Leaves, name: str) -> Tensor:
 def _peft_settings(leaves: Leaves, shape: tuple[int, int]) -> dict[str, Any]:
     (a, p), ranks = _whole(leaves, "w1").shape[-2:], rank_of(VARIANT, leaves)
     r = ranks or max(leaves["w2"].shape[-2:])  # at which PEFT keeps a factor whole
-    for factor in (-1, *range(1, max(a, p) + 1)):
-        if [factorization(d, None if factor < 0 else factor)[0] for d in shape] == [a, p]:
-            break
-    else:
+    factors = frozenset(
+        factor
+        for factor in (-1, *range(1, max(a, p) + 1))
+        if [factorization(d, None if factor < 0 else factor)[0] for d in shape] == [a, p]
+    )
+    if not factors:
         raise ValueError(f"its factor w1 is {a} x {p}, which no decompose_factor of PEFT gives")
-    settings = {"r": r, "alpha": alpha_of(leaves["_scale"], r), "decompose_factor": factor}
-    return settings | {"decompose_both": "w1_a" in leaves}
+    both = frozenset({"w1_a" in leaves, "w1_a" in leaves or r >= max(a, p) / 2})
+    settings = {"r": r, "decompose_factor": factors, "decompose_both": both}
+    return settings | {"alpha": alpha_of(leaves["_scale"], r)}
 
 
 def _format(names: tuple[str, ...]) -> PeftFormat:

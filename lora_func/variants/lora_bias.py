@@ -4,8 +4,8 @@
 
 *Identity at the start because* B = 0 and c = 0, so both terms are exactly zero in every dtype.
 
-Asks of W: ``linear`` only. A layer without a bias is refused: ``merge`` and PEFT have no place for
-a new one.
+Asks of W: ``linear`` only. A layer without a bias gets one: ``merge`` writes it, ``attach`` has no
+place for it.
 
 References:
     As for LoRA; the bias is huggingface/peft ``lora_bias`` in ``tuners/lora/layer.py``.
@@ -14,7 +14,6 @@ Deviations: none from PEFT, which multiplies the bias by the scale too. The pape
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -24,7 +23,7 @@ from lora_func.variant import PeftLeaf, Trial, Variant
 from lora_func.variants import lora
 from lora_func.variants._low_rank import LOW_RANK, PEFT_LORA, delta_norm, prepare, weight
 from lora_func.variants._low_rank import apply as apply_low_rank
-from lora_func.weights import Weight, bias_of
+from lora_func.weights import Weight
 
 
 def init(W: Weight, cfg: lora.LoRA, generator: Generator, stats: None = None) -> dict[str, Tensor]:
@@ -32,12 +31,7 @@ def init(W: Weight, cfg: lora.LoRA, generator: Generator, stats: None = None) ->
 
     Returns:
         The leaves of a LoRA, and c (d_out,).
-
-    Raises:
-        ValueError: If the layer has no bias.
     """
-    if bias_of(W) is None:
-        raise ValueError("bias=True, and the layer has no bias; leave it out of target_modules")
     return {**lora.init(W, cfg, generator), "c": torch.zeros(W.shape[0])}
 
 
@@ -65,10 +59,6 @@ def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
     return added if b is None else b + added.to(b.dtype)
 
 
-def _refuses(module: Any) -> str | None:
-    return "it has no bias, which PEFT needs" if module.bias is None else None
-
-
 VARIANT = Variant(
     name="lora_bias",
     config=lora.LoRA,
@@ -91,7 +81,6 @@ VARIANT = Variant(
             means=lambda config, path: bool(config.get("lora_bias")),
             defaults={**PEFT_LORA.defaults, "lora_bias": False},
             layers=("Linear",),
-            refuses=_refuses,
         ),
     ),
     trials={"lora-bias": Trial({"bias": True}, peft=("LoraConfig", {"r": 8, "lora_bias": True}))},

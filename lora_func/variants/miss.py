@@ -29,9 +29,9 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count
 from lora_func.configs import DropoutConfig, RankConfig
-from lora_func.numerics import DROPOUT, dropout, dropout_leaf, dropout_setting, linear_dense
+from lora_func.numerics import DROPOUT, add_dense, dropout, dropout_leaf, dropout_setting
 from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
-from lora_func.weights import Affine, Weight, dense, linear
+from lora_func.weights import Weight, dense, linear
 
 Form = Literal["standard", "mini", "bat"]
 
@@ -142,6 +142,14 @@ def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> T
     return (block.square().sum(-1) * often).sum(-1).sqrt()
 
 
+def _bat_change(W: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``(W + I) D`` in each block."""
+    block = params["block"].to(W.dtype)
+    blocks = rearrange(W, "(o a) (i b) -> o a i b", a=block.shape[-1], b=block.shape[-1])
+    change: Tensor = blocks @ block.unsqueeze(-3) + block.unsqueeze(-2)
+    return change.flatten(-2).flatten(-3, -2)
+
+
 def bat_weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     """Compute ``W + (W + I) D`` in each block.
 
@@ -149,11 +157,7 @@ def bat_weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    block = params["block"].to(W.dtype)
-    r = block.shape[-1]
-    blocks = rearrange(W, "(o a) (i b) -> o a i b", a=r, b=r)
-    change: Tensor = blocks @ block.unsqueeze(-3) + block.unsqueeze(-2)
-    return W + change.flatten(-2).flatten(-3, -2)
+    return W + _bat_change(W, params)
 
 
 def bat_apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def bat_apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    return linear_dense(x, bat_weight(W, params), W)
+    return add_dense(x, W, _bat_change(dense(W), params))
 
 
 def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
@@ -170,12 +174,6 @@ def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
     form = {"init_weights": True} if width == shape[0] else {"init_weights": "mini"}
     mini = {} if width == shape[0] else {"mini_r": width}
     return {"r": r, **form, **mini, **dropout_setting("miss_dropout", leaves)}
-
-
-def _peft_dropout(
-    config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine
-) -> dict[str, Tensor]:
-    return dropout_leaf(config["miss_dropout"])
 
 
 _DEFAULTS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
@@ -198,7 +196,7 @@ MISS = Variant(
             "MISS",
             leaves=_BLOCK,
             settings=_peft_settings,
-            constants=_peft_dropout,
+            constants=lambda config, leaves, W: dropout_leaf(config["miss_dropout"]),
             means=lambda config, path: config.get("init_weights") != "bat",
             defaults=_DEFAULTS,
             inert=_FORMS,

@@ -10,7 +10,6 @@ from lora_func.variants._template import Template
 A = frozenset({"A"})
 TWICE = {"fit": lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2 * r)}
 FOUR_TIMES = {"fit": lambda d_in, d_out, r: (4 * d_in, 4 * d_out, r)}
-FIVE_TIMES = {"fit": lambda d_in, d_out, r: (5 * d_in, 5 * d_out, r)}
 WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
 WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
 EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
@@ -38,7 +37,6 @@ CASES = [
     Case("bitfit", lambda r: lf.BitFit(), bias=True),
     Case("bitfit-new", lambda r: lf.BitFit(allow_new_bias=True), bias=False),
     Case("c3a", lambda r: lf.C3A(block_size=4), **FOUR_TIMES),
-    Case("c3a-odd", lambda r: lf.C3A(block_size=5), **FIVE_TIMES),
     Case(
         "c3a-xavier",
         lambda r: lf.C3A(block_size=4, start="xavier_uniform"),
@@ -83,7 +81,7 @@ CASES = [
         fit=lambda d_in, d_out, r: (16 * d_in, 16, 1),
     ),
     Case("lora", lambda r: lf.LoRA(r=r), dead=A),
-    Case("lora-bias", lambda r: lf.LoRA(r=r, alpha=3.0, bias=True), bias=True, dead=A),
+    Case("lora-bias", lambda r: lf.LoRA(r=r, alpha=3.0, bias=True), dead=A),
     Case("lora_xs", lambda r: lf.LoRAXS(r=r)),
     Case("lora-alpha", lambda r: lf.LoRA(r=r, alpha=3.0), dead=A),
     Case("rslora", lambda r: lf.LoRA(r=r, alpha=5.0, rslora=True), dead=A),

@@ -24,9 +24,13 @@ def test_parity_with_peft(dtype, rslora):
     )
 
 
-def test_a_layer_without_a_bias_is_refused():
-    with pytest.raises(ValueError, match="bias=True, and the layer has no bias"):
-        lf.init(nn.Sequential(nn.Linear(4, 4, bias=False)), lf.LoRA(bias=True))
+def test_a_layer_without_a_bias_gets_one():
+    model, x = nn.Sequential(nn.Linear(4, 3, bias=False)), torch.randn(2, 4)
+    params = lf.init(model, lf.LoRA(r=2, bias=True))
+    assert torch.equal(lf.fcall(model, params, x), model(x))
+    params["0.lora_bias.c"].data += 1
+    torch.testing.assert_close(lf.fcall(model, params, x), model(x) + 2)
+    torch.testing.assert_close(lf.merge(model, params)["0.bias"], torch.full((3,), 2.0))
 
 
 def test_the_flag_is_a_flag():
