@@ -9,14 +9,26 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 REACHED = {
     "antipasto": 12.7,
+    "bdlora-a": 11.3,
     "bitfit": 3.8,
+    "c3a": 25.6,
     "delora": 8.4,
     "dora": 20.0,
     "eva": 6.3,
+    "gralora": 12.3,
+    "gralora-hybrid": 18.7,
+    "hira": 7.3,
     "hra": 10.4,
     "ia3": 4.1,
     "ia3_ff": 4.2,
+    "loha": 6.9,
+    "lokr": 13.7,
     "lora": 6.4,
+    "lora-bias": 8.6,
+    "lora-xs": 5.4,
+    "miss": 7.0,
+    "miss-bat": 9.1,
+    "miss-mini": 8.0,
     "oft": 8.1,
     "oft-neumann": 8.4,
     "pissa": 8.7,
@@ -29,6 +41,7 @@ REACHED = {
     "vera": 12.3,
 }
 OF_A_STACK = {"antipasto": 2.1, "hra": 0.2, "oft": 2.1, "oft-neumann": 2.1, "shira": 0.9}
+OF_A_STACK |= {"bdlora-a": 2.1, "c3a": 0.8, "gralora": 2.1, "gralora-hybrid": 2.1, "miss-bat": 2.1}
 """How many more a sweep needs, for K factors in the place of one; 0.15 for any other variant."""
 
 

@@ -153,7 +153,7 @@ class _Mixed(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_blocks = _back(parts @ mixer.mT, b, "forward")
         of_mixer = _transformed(blocks).mT @ parts
-        of_mixer[:, 1 : (b + 1) // 2] *= 2  # each of these frequencies stands for two
+        of_mixer[:, 1 : (b + 1) // 2].mul_(2)  # each of these frequencies stands for two
         return of_blocks, of_mixer
 
 

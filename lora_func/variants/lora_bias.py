@@ -19,10 +19,9 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.numerics import along_rows, scaled
-from lora_func.variant import PeftLeaf, Trial, Variant
+from lora_func.variant import PeftLeaf, Trial, Variant, prepared
+from lora_func.variants import _low_rank as low_rank
 from lora_func.variants import lora
-from lora_func.variants._low_rank import LOW_RANK, PEFT_LORA, delta_norm, prepare, weight
-from lora_func.variants._low_rank import apply as apply_low_rank
 from lora_func.weights import Weight
 
 
@@ -39,14 +38,27 @@ def _added(params: Mapping[str, Tensor]) -> Tensor:
     return scaled(params["c"].unsqueeze(-1), params["_scale"]).squeeze(-1)
 
 
+def prepare(
+    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Compute ``s B`` and ``s c`` in the dtype of the activations.
+
+    Returns:
+        up and added.
+    """
+    return {**low_rank.prepare(params, shape, dtype), "added": _added(params).to(dtype)}
+
+
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Compute ``linear(x, W) + s drop(x) Aᵀ Bᵀ + s c``.
 
     Returns:
         Shape (..., d_out).
     """
-    y = apply_low_rank(W, params, x)
-    return y + along_rows(_added(params)).to(y.dtype)
+    if "added" not in params:
+        params = prepared(prepare, params, W, x.dtype)
+    y = low_rank.apply(W, params, x)
+    return y + along_rows(params["added"]).to(y.dtype)
 
 
 def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
@@ -67,19 +79,19 @@ VARIANT = Variant(
     apply=apply,
     prepare=prepare,
     casts=("A",),
-    weight=weight,
+    weight=low_rank.weight,
     bias=bias,
-    delta_norm=delta_norm,
-    leaves={**LOW_RANK, "c": "d_out"},
+    delta_norm=low_rank.delta_norm,
+    leaves={**low_rank.LOW_RANK, "c": "d_out"},
     peft=(
-        PEFT_LORA._replace(
-            leaves={**PEFT_LORA.leaves, "c": PeftLeaf("lora_B.bias")},
+        low_rank.PEFT_LORA._replace(
+            leaves={**low_rank.PEFT_LORA.leaves, "c": PeftLeaf("lora_B.bias")},
             settings=lambda leaves, shape: {
-                **PEFT_LORA.settings(leaves, shape),
+                **low_rank.PEFT_LORA.settings(leaves, shape),
                 "lora_bias": True,
             },
             means=lambda config, path: bool(config.get("lora_bias")),
-            defaults={**PEFT_LORA.defaults, "lora_bias": False},
+            defaults={**low_rank.PEFT_LORA.defaults, "lora_bias": False},
             layers=("Linear",),
         ),
     ),
