@@ -13,9 +13,11 @@ from lora_func.variants import (
     antipasto,
     bdlora,
     bitfit,
+    boft,
     c3a,
     delora,
     dora,
+    ether_plus,
     eva,
     full,
     gralora,
@@ -31,6 +33,7 @@ from lora_func.variants import (
     miss,
     oft,
     pissa,
+    psoft,
     road,
     shira,
     ssteer,
@@ -40,9 +43,11 @@ from lora_func.variants import (
 from lora_func.variants.antipasto import AntiPaSTO
 from lora_func.variants.bdlora import BDLoRA
 from lora_func.variants.bitfit import BitFit
+from lora_func.variants.boft import BOFT
 from lora_func.variants.c3a import C3A
 from lora_func.variants.delora import DeLoRA
 from lora_func.variants.dora import DoRA
+from lora_func.variants.ether_plus import ETHERPlus
 from lora_func.variants.eva import EVA
 from lora_func.variants.full import Full
 from lora_func.variants.gralora import GraLoRA
@@ -57,6 +62,7 @@ from lora_func.variants.lora_xs import LoRAXS
 from lora_func.variants.miss import MiSS
 from lora_func.variants.oft import OFT
 from lora_func.variants.pissa import PiSSA
+from lora_func.variants.psoft import PSOFT
 from lora_func.variants.road import ROAD
 from lora_func.variants.shira import SHiRA
 from lora_func.variants.ssteer import SSteer
@@ -64,12 +70,14 @@ from lora_func.variants.ssvd import SSVD
 from lora_func.variants.vera import VeRA
 
 __all__ = [
+    "BOFT",
     "C3A",
     "EVA",
     "HRA",
     "IA3",
     "IA3FF",
     "OFT",
+    "PSOFT",
     "ROAD",
     "SSVD",
     "AntiPaSTO",
@@ -77,6 +85,7 @@ __all__ = [
     "BitFit",
     "DeLoRA",
     "DoRA",
+    "ETHERPlus",
     "Full",
     "GraLoRA",
     "HiRA",
@@ -96,9 +105,11 @@ _TABLE = (
     antipasto.VARIANT,
     *bdlora.VARIANTS,
     bitfit.VARIANT,
+    boft.VARIANT,
     c3a.VARIANT,
     delora.VARIANT,
     dora.VARIANT,
+    ether_plus.VARIANT,
     eva.VARIANT,
     full.VARIANT,
     gralora.VARIANT,
@@ -114,6 +125,7 @@ _TABLE = (
     *miss.VARIANTS,
     oft.VARIANT,
     pissa.VARIANT,
+    psoft.VARIANT,
     *road.VARIANTS,
     shira.VARIANT,
     *ssteer.VARIANTS,
