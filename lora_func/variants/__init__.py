@@ -38,6 +38,7 @@ from lora_func.variants import (
     shira,
     ssteer,
     ssvd,
+    svft,
     vera,
 )
 from lora_func.variants.antipasto import AntiPaSTO
@@ -67,6 +68,7 @@ from lora_func.variants.road import ROAD
 from lora_func.variants.shira import SHiRA
 from lora_func.variants.ssteer import SSteer
 from lora_func.variants.ssvd import SSVD
+from lora_func.variants.svft import SVFT
 from lora_func.variants.vera import VeRA
 
 __all__ = [
@@ -80,6 +82,7 @@ __all__ = [
     "PSOFT",
     "ROAD",
     "SSVD",
+    "SVFT",
     "AntiPaSTO",
     "BDLoRA",
     "BitFit",
@@ -130,6 +133,7 @@ _TABLE = (
     shira.VARIANT,
     *ssteer.VARIANTS,
     ssvd.VARIANT,
+    svft.VARIANT,
     vera.VARIANT,
 )
 

@@ -106,6 +106,8 @@ CASES = [
     Case("shira", lambda r: lf.SHiRA(r=r), **SPARSE),
     Case("shira-magnitude", lambda r: lf.SHiRA(r=r, mask="magnitude"), **SPARSE),
     Case("shira-snip", lambda r: lf.SHiRA(r=r, mask="snip"), data="gradients", **SPARSE),
+    Case("svft", lambda r: lf.SVFT(r=r)),
+    Case("svft-band", lambda r: lf.SVFT(r=r, band=1), **WIDE_RANK),
     Case("ssteer", lambda r: lf.SSteer(r=r)),
     Case("ssteer-data", lambda r: lf.SSteer(coeff=0.5), data="pairs", start="elsewhere"),
     Case("ssteer-exp", lambda r: lf.SSteer(mode="exp", r=r)),

@@ -11,7 +11,7 @@ import lora_func as lf
 from lora_func.numerics import skew
 from lora_func.peft import to_peft
 from lora_func.testing import Case, layers
-from tests.support.parity import assert_parity
+from tests.support.parity import parity_errors
 
 CASES = [
     Case(
@@ -58,26 +58,31 @@ def test_without_gains_it_is_a_rotation(case):
     torch.testing.assert_close(rotated @ rotated.T, W @ W.T)
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT finds no CUDA extension
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("b", [2, 4, 8])
 def test_parity_with_peft(b, bias):
-    """The gradient of a triangle is that of both entries of PEFT's matrix."""
+    """PEFT's R has both triangles, so its gradient is half of ours, with both signs."""
 
     def upper(R):
         rows, columns = torch.triu_indices(b, b, 1)
-        return (R - R.mT)[..., rows, columns]
+        return (R - R.mT)[..., rows, columns] / 2
 
-    def link(layer):
-        R, s = layer.boft_R["default"], layer.boft_s["default"]
-        R.data = skew(upper(R.data) / 2)
-        return {"R": (R, upper), "s": (s, torch.Tensor.flatten)}
-
-    assert_parity(
+    errors = parity_errors(
         lf.BOFT(block_size=b),
         peft.BOFTConfig(boft_block_size=b, target_modules=["0"]),
-        link,
+        lambda layer: {
+            "R": (layer.boft_R["default"], upper),
+            "s": (layer.boft_s["default"], torch.Tensor.flatten),
+        },
         bias=bias,
+        dtype=torch.float64,
+        constants=lambda layer: {},
+        spread=1.0,
+        merges=True,
     )
+    assert errors.pop("dR") == pytest.approx(1, rel=1e-9)
+    assert all(error <= 1e-12 for error in errors.values()), errors
 
 
 def test_only_one_factor_is_written_for_peft(tmp_path):
