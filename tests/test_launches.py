@@ -11,9 +11,11 @@ REACHED = {
     "antipasto": 12.7,
     "bdlora-a": 11.3,
     "bitfit": 3.8,
+    "boft": 13.4,
     "c3a": 25.6,
     "delora": 8.4,
     "dora": 20.0,
+    "ether-plus": 21.6,
     "eva": 6.3,
     "gralora": 12.3,
     "gralora-hybrid": 18.7,
@@ -32,16 +34,25 @@ REACHED = {
     "oft": 8.1,
     "oft-neumann": 8.4,
     "pissa": 8.7,
+    "psoft": 7.2,
     "road1": 12.5,
     "road2": 12.5,
     "road4": 12.5,
     "shira": 9.1,
     "ssteer": 8.6,
     "ssvd": 9.2,
+    "svft": 5.6,
     "vera": 12.3,
 }
 OF_A_STACK = {"antipasto": 2.1, "hra": 0.2, "oft": 2.1, "oft-neumann": 2.1, "shira": 0.9}
-OF_A_STACK |= {"bdlora-a": 2.1, "c3a": 0.8, "gralora": 2.1, "gralora-hybrid": 2.1, "miss-bat": 2.1}
+OF_A_STACK |= {
+    "bdlora-a": 2.1,
+    "boft": 2.1,
+    "c3a": 0.8,
+    "gralora": 2.1,
+    "gralora-hybrid": 2.1,
+    "miss-bat": 2.1,
+}
 """How many more a sweep needs, for K factors in the place of one; 0.15 for any other variant."""
 
 

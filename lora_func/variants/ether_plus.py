@@ -2,7 +2,8 @@
 
     W' = H_out W H_in,   H = I + v vᵀ / ‖v‖² - u uᵀ / ‖u‖²   in each block
 
-*Identity at the start because* v = -u, whose projections are the same bits.
+*Identity at the start because* v = -u, so that both projections cancel: exactly, as they are
+computed from v + u.
 
 Asks of W: ``linear`` only.
 
@@ -78,13 +79,21 @@ def init(W: Weight, cfg: ETHERPlus, generator: Generator, stats: None = None) ->
 def prepare(
     params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Normalise the directions.
+    """Compute ``v vᵀ - u uᵀ = (s dᵀ + d sᵀ) / 2`` of unit vectors, with s = v + u and d = v - u.
+
+    At the start s is exactly zero, and so is each product with it, however it is rounded.
 
     Returns:
-        added, removed, each (blocks, d_in / blocks); the same of the output, if two-sided.
+        down, s and d (blocks, 2, d_in / blocks), and up, d / 2 and s / 2; down_out and up_out, if
+        two-sided.
     """
-    names = {"v": "added", "u": "removed", "v_out": "added_out", "u_out": "removed_out"}
-    return {names[leaf]: _unit(params[leaf]).to(dtype) for leaf in names if leaf in params}
+    found = {}
+    for end in ("", "_out"):
+        if f"u{end}" in params:
+            u, v = _unit(params[f"u{end}"]), _unit(params[f"v{end}"])
+            found[f"down{end}"] = torch.stack([v + u, v - u], -2).to(dtype)
+            found[f"up{end}"] = torch.stack([v - u, v + u], -2).to(dtype) / 2
+    return found
 
 
 def _unit(t: Tensor) -> Tensor:
@@ -93,18 +102,14 @@ def _unit(t: Tensor) -> Tensor:
     return t * squares.clamp_min(torch.finfo(t.dtype).tiny).rsqrt()
 
 
-def _change(x: Tensor, units: Mapping[str, Tensor], end: str = "") -> Tensor:
-    """The projections on the added directions less those on the removed ones."""
-    added, removed = (units[f"{name}{end}"].to(x.dtype) for name in ("added", "removed"))
-    if added.ndim == 2:  # one adapter is a stack of one
-        added, removed = added[None], removed[None]
-    blocks = x.reshape(len(added), -1, *added.shape[-2:])
-    return (_projected(blocks, added) - _projected(blocks, removed)).reshape(x.shape)
-
-
-def _projected(blocks: Tensor, unit: Tensor) -> Tensor:
-    along = einsum(blocks, unit, "K n i d, K i d -> K n i")
-    return einsum(along, unit, "K n i, K i d -> K n i d")
+def _change(x: Tensor, factors: Mapping[str, Tensor], end: str = "") -> Tensor:
+    """Multiply the blocks of rows x (..., width) by ``(s dᵀ + d sᵀ) / 2``."""
+    down, up = (factors[f"{name}{end}"].to(x.dtype) for name in ("down", "up"))
+    if down.ndim == 3:  # one adapter is a stack of one
+        down, up = down[None], up[None]
+    blocks = x.reshape(len(down), -1, down.shape[1], down.shape[3])
+    along = einsum(blocks, down, "K n i d, K i two d -> K n i two")
+    return einsum(along, up, "K n i two, K i two d -> K n i d").reshape(x.shape)
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -113,10 +118,10 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Returns:
         Shape (..., d_out).
     """
-    if "added" not in params:
+    if "down" not in params:
         params = prepared(prepare, params, W, x.dtype)
     y, b = linear(x + _change(x, params), W), bias_of(W)
-    if "added_out" not in params:
+    if "down_out" not in params:
         return y
     return y + _change(y if b is None else y - b.to(y.dtype), params, "_out")
 
@@ -128,12 +133,10 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    units = prepare(params, (0, 0), W.dtype)
+    factors = prepare(params, (0, 0), W.dtype)
     W = W.expand(*params["u"].shape[:-2], *W.shape)
-    W = W + _change(W, units)
-    if "added_out" not in units:
-        return W
-    return W + _change(W.mT.contiguous(), units, "_out").mT
+    W = W + _change(W, factors)
+    return W if "down_out" not in factors else W + _change(W.mT, factors, "_out").mT
 
 
 VARIANT = Variant(

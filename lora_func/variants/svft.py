@@ -12,8 +12,8 @@ References:
 Deviations: the authors draw M and multiply it by a trained gate, so that their start is off by a
 sixth of the output; M = 0 has an alive gradient, and there is no gate. Their code drops the part of
 W beyond the rank; here W stays whole. They draw random entries with repetition, we without.
-PEFT has no such method; it is written as a LoRA of the rank. With all directions, U and V are larger
-than W, and U M is as large. The usual pattern is the diagonal; the learning rate is ten to a
+PEFT has no such method; it is written as a LoRA of the rank. With all directions, U and V are
+larger than W, and U M is as large. The usual pattern is the diagonal; the learning rate is ten to a
 hundred times that of LoRA.
 """
 
