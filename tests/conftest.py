@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 import lora_func as lf
 from lora_func.variants import _template
 
+collect_ignore = ["mutants.py"]  # a script of nox, whose library is no dependency of the tests
+
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=20, **_COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)

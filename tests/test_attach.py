@@ -319,6 +319,8 @@ class Stop(BaseException):
     pass
 
 
+# Python swallows what is raised inside the callback of a weak reference
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals")
 @pytest.mark.parametrize("family", ["qwen3", "bert"])
 def test_interrupts_leave_all_or_nothing(family):

@@ -44,14 +44,12 @@ REACHED = {
     "svft": 5.6,
     "vera": 12.3,
 }
-OF_A_STACK = {"antipasto": 2.1, "hra": 0.2, "oft": 2.1, "oft-neumann": 2.1, "shira": 0.9}
-OF_A_STACK |= {
-    "bdlora-a": 2.1,
-    "boft": 2.1,
+OF_A_STACK = {
+    **dict.fromkeys(("antipasto", "bdlora-a", "boft", "gralora", "gralora-hybrid"), 2.1),
+    **dict.fromkeys(("miss-bat", "oft", "oft-neumann"), 2.1),
     "c3a": 0.8,
-    "gralora": 2.1,
-    "gralora-hybrid": 2.1,
-    "miss-bat": 2.1,
+    "hra": 0.2,
+    "shira": 0.9,
 }
 """How many more a sweep needs, for K factors in the place of one; 0.15 for any other variant."""
 
