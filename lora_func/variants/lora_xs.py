@@ -25,16 +25,9 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_number
 from lora_func.configs import LowRankConfig
-from lora_func.numerics import (
-    DROPOUT,
-    add_low_rank,
-    dropout_leaf,
-    low_rank_norm,
-    scaled,
-    svd,
-)
-from lora_func.variant import Trial, Variant, prepared
-from lora_func.variants._low_rank import PEFT_FORMATS
+from lora_func.numerics import dropout_leaf, scaled, svd
+from lora_func.variant import Trial, Variant
+from lora_func.variants._subspace import views_of
 from lora_func.weights import Weight, dense
 
 
@@ -80,62 +73,8 @@ def init(W: Weight, cfg: LoRAXS, generator: Generator, stats: None = None) -> di
 
 
 def _up(params: Mapping[str, Tensor]) -> Tensor:
+    """``s U R``, shape (d_out, r)."""
     return scaled(params["_B"] @ params["R"], params["_scale"])
-
-
-def prepare(
-    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Compute ``s U R``.
-
-    Returns:
-        up (d_out, r).
-    """
-    return {"up": _up(params).to(dtype)}
-
-
-def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + s drop(x) (U R diag(S) Vᵀ)ᵀ``.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    if "up" not in params:
-        params = prepared(prepare, params, W, x.dtype)
-    return add_low_rank(x, W, params["_A"], params["up"], rate=params.get(DROPOUT))
-
-
-def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """Compute ``W + s U R diag(S) Vᵀ``.
-
-    Returns:
-        Shape (d_out, d_in).
-    """
-    W = dense(W)
-    return W + (_up(params) @ params["_A"]).to(W.dtype)
-
-
-def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
-    """Compute the norm of the change.
-
-    Returns:
-        Shape ().
-    """
-    return low_rank_norm(params["_A"], params["_B"] @ params["R"], params["_scale"])
-
-
-def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Give the factors, the core and the scale in B.
-
-    Returns:
-        One pair, shapes (..., r, d_in) and (..., d_out, r).
-    """
-    return [(params["_A"], _up(params))]
-
-
-def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    kept = {leaf: leaves[leaf] for leaf in ("_scale", DROPOUT) if leaf in leaves}
-    return {"A": leaves["_A"], "B": leaves["_B"] @ leaves["R"], **kept}
 
 
 VARIANT = Variant(
@@ -143,16 +82,8 @@ VARIANT = Variant(
     config=LoRAXS,
     family="SVD",
     init=init,
-    apply=apply,
-    prepare=prepare,
-    casts=("_A",),
-    weight=weight,
-    delta_norm=delta_norm,
     leaves={"R": "r r", "_A": "r d_in", "_B": "d_out r", "_scale": "", "_dropout?": ""},
-    low_rank=low_rank,
-    peft=tuple(one._replace(convert=_as_lora) for one in PEFT_FORMATS),
     trials={"lora-xs": Trial({"r": 16}, lr=4e-3)},
     pads=True,
-    stacks=True,
-    products_only=True,
+    **views_of("_A", _up),
 )

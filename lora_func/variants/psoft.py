@@ -26,18 +26,9 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_flag
 from lora_func.configs import DropoutConfig, RankConfig
-from lora_func.numerics import (
-    DROPOUT,
-    add_low_rank,
-    at_least_float32,
-    cayley,
-    dropout_leaf,
-    low_rank_norm,
-    skew,
-    svd,
-)
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
-from lora_func.variants._low_rank import PEFT_FORMATS
+from lora_func.numerics import at_least_float32, cayley, dropout_leaf, skew, svd
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variants._subspace import views_of
 from lora_func.weights import Affine, Weight, dense
 
 
@@ -94,66 +85,10 @@ def _core(params: Mapping[str, Tensor]) -> Tensor:
 
 
 def _up(params: Mapping[str, Tensor]) -> Tensor:
+    """``U diag(S) (R - I)``, shape (d_out, r)."""
     core = _core(params)
     up: Tensor = params["_B"].to(core.dtype) @ core
     return up
-
-
-def prepare(
-    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Compute ``U diag(S) (R - I)``.
-
-    Returns:
-        up (d_out, r).
-    """
-    return {"up": _up(params).to(dtype)}
-
-
-def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + drop(x) (U diag(S) (R - I) Vᵀ)ᵀ``.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    if "up" not in params:
-        params = prepared(prepare, params, W, x.dtype)
-    return add_low_rank(x, W, params["_A"], params["up"], rate=params.get(DROPOUT))
-
-
-def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """Compute ``W + U diag(S) (R - I) Vᵀ``.
-
-    Returns:
-        Shape (d_out, d_in).
-    """
-    W, up = dense(W), _up(params)
-    return W + (up @ params["_A"].to(up.dtype)).to(W.dtype)
-
-
-def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
-    """Compute the norm of the change.
-
-    Returns:
-        Shape ().
-    """
-    return low_rank_norm(params["_A"], up := _up(params), up.new_ones(()))
-
-
-def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Give the factors, the core in B.
-
-    Returns:
-        One pair, shapes (..., r, d_in) and (..., d_out, r).
-    """
-    up = _up(params)
-    return [(params["_A"].to(up.dtype), up)]
-
-
-def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ((A, B),) = low_rank(leaves)
-    kept = {DROPOUT: leaves[DROPOUT]} if DROPOUT in leaves else {}
-    return {"A": A, "B": B, "_scale": A.new_ones(()), **kept}
 
 
 def _peft_constants(
@@ -187,16 +122,13 @@ def _format(*leaves: str) -> PeftFormat:
     )
 
 
+_VIEWS = views_of("_A", _up)
+
 VARIANT = Variant(
     name="psoft",
     config=PSOFT,
     family="SVD",
     init=init,
-    apply=apply,
-    prepare=prepare,
-    casts=("_A",),
-    weight=weight,
-    delta_norm=delta_norm,
     leaves={
         "K": "upper",
         "a?": "r",
@@ -205,12 +137,6 @@ VARIANT = Variant(
         "_B": "d_out r",
         "_dropout?": "",
     },
-    low_rank=low_rank,
-    peft=(
-        *(one._replace(convert=_as_lora) for one in PEFT_FORMATS),
-        *(_format("K", "a", "b"), _format("K")),
-    ),
     trials={"psoft": Trial({"r": 16}, lr=3e-3, peft=("PsoftConfig", {"r": 16, "psoft_alpha": 16}))},
-    stacks=True,
-    products_only=True,
+    **_VIEWS | {"peft": (*_VIEWS["peft"], _format("K", "a", "b"), _format("K"))},
 )

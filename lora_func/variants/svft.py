@@ -26,9 +26,9 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count
 from lora_func.configs import LinearConfig
-from lora_func.numerics import add_low_rank, low_rank_norm, svd
-from lora_func.variant import Trial, Variant, prepared
-from lora_func.variants._low_rank import PEFT_FORMATS
+from lora_func.numerics import svd
+from lora_func.variant import Trial, Variant
+from lora_func.variants._subspace import views_of
 from lora_func.weights import Weight, dense
 
 
@@ -90,79 +90,15 @@ def _core(params: Mapping[str, Tensor]) -> Tensor:
     return flat.unflatten(-1, (r, r))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def prepare(
-    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Compute ``U M``.
-
-    Returns:
-        up (d_out, r).
-    """
-    return {"up": (params["_U"] @ _core(params)).to(dtype)}
-
-
-def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + x V Mᵀ Uᵀ``.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    if "up" not in params:
-        params = prepared(prepare, params, W, x.dtype)
-    return add_low_rank(x, W, params["_Vh"], params["up"])
-
-
-def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """Compute ``W + U M Vᵀ``.
-
-    Returns:
-        Shape (d_out, d_in).
-    """
-    W, ((A, B),) = dense(W), low_rank(params)
-    return W + (B @ A).to(W.dtype)
-
-
-def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
-    """Compute the norm of the change.
-
-    Returns:
-        Shape ().
-    """
-    ((A, B),) = low_rank(params)
-    return low_rank_norm(A, B, B.new_ones(()))
-
-
-def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Give the factors, M in B.
-
-    Returns:
-        One pair, shapes (..., r, d_in) and (..., d_out, r).
-    """
-    return [(params["_Vh"], params["_U"] @ _core(params))]
-
-
-def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ((A, B),) = low_rank(leaves)
-    return {"A": A, "B": B, "_scale": A.new_ones(())}
-
-
 VARIANT = Variant(
     name="svft",
     config=SVFT,
     family="SVD",
     init=init,
-    apply=apply,
-    prepare=prepare,
-    casts=("_Vh",),
-    weight=weight,
-    delta_norm=delta_norm,
     leaves={"m": "entries", "_places": "2 entries", "_U": "d_out r", "_Vh": "r d_in"},
-    low_rank=low_rank,
-    peft=tuple(one._replace(convert=_as_lora) for one in PEFT_FORMATS),
     trials={
         "svft": Trial(lr=3e-2),
         "svft-band": Trial({"band": 2}, lr=3e-2),
     },
-    stacks=True,
-    products_only=True,
+    **views_of("_Vh", lambda params: params["_U"] @ _core(params)),
 )
