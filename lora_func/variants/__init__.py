@@ -15,6 +15,7 @@ from lora_func.variants import (
     bitfit,
     boft,
     c3a,
+    deft,
     delora,
     dora,
     ether_plus,
@@ -46,6 +47,7 @@ from lora_func.variants.bdlora import BDLoRA
 from lora_func.variants.bitfit import BitFit
 from lora_func.variants.boft import BOFT
 from lora_func.variants.c3a import C3A
+from lora_func.variants.deft import DeFT
 from lora_func.variants.delora import DeLoRA
 from lora_func.variants.dora import DoRA
 from lora_func.variants.ether_plus import ETHERPlus
@@ -86,6 +88,7 @@ __all__ = [
     "AntiPaSTO",
     "BDLoRA",
     "BitFit",
+    "DeFT",
     "DeLoRA",
     "DoRA",
     "ETHERPlus",
@@ -110,6 +113,7 @@ _TABLE = (
     bitfit.VARIANT,
     boft.VARIANT,
     c3a.VARIANT,
+    *deft.VARIANTS,
     delora.VARIANT,
     dora.VARIANT,
     ether_plus.VARIANT,

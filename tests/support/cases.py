@@ -10,6 +10,7 @@ from lora_func.variants._template import Template
 A = frozenset({"A"})
 TWICE = {"fit": lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2 * r)}
 FOUR_TIMES = {"fit": lambda d_in, d_out, r: (4 * d_in, 4 * d_out, r)}
+TALL = {"fit": lambda d_in, d_out, r: (d_in, 8 * d_out, r)}
 WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
 WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
 EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
@@ -45,6 +46,9 @@ CASES = [
         start="elsewhere",
         **FOUR_TIMES,
     ),
+    Case("deft", lambda r: lf.DeFT(r=r, alpha=3.0), start="close", **TALL),
+    Case("deft-qr", lambda r: lf.DeFT(r=r, method="qr"), start="close", **TALL),
+    Case("para", lambda r: lf.DeFT(r=r, method="qr", para=True), start="elsewhere", **TALL),
     Case("delora", lambda r: lf.DeLoRA(r=r), dead=frozenset({"A", "lambda"}), jumps=True, **WIDE),
     Case(
         "delora-copy",
