@@ -13,6 +13,8 @@ REACHED = {
     "bitfit": 3.8,
     "boft": 13.4,
     "c3a": 25.6,
+    "deft": 15.5,
+    "deft-qr": 17.9,
     "delora": 8.4,
     "dora": 20.0,
     "ether-plus": 21.6,
