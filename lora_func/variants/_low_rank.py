@@ -120,6 +120,12 @@ def _half_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
     return _peft_settings({**leaves, "_scale": leaves["_scale"] / 2}, shape)
 
 
+def is_block_diagonal(config: Mapping[str, Any], path: str, side: str) -> bool:
+    """True if PEFT's BD-LoRA has blocks on a side, "a" or "b", of a module."""
+    names = config.get(f"use_bdlora.target_modules_bd_{side}") or ()
+    return any(name in path.rpartition(".")[2] for name in names)
+
+
 PEFT_LORA = PeftFormat(
     "LORA",
     leaves={"A": PeftLeaf("lora_A.weight"), "B": PeftLeaf("lora_B.weight")},
@@ -129,11 +135,7 @@ PEFT_LORA = PeftFormat(
         not config.get("use_dora")
         and config.get("init_lora_weights") != "pissa"
         and not config.get("lora_bias")
-        and not any(
-            name in path.rpartition(".")[2]
-            for side in "ab"
-            for name in config.get(f"use_bdlora.target_modules_bd_{side}") or ()
-        )
+        and not any(is_block_diagonal(config, path, side) for side in "ab")
     ),
     patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
     defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False},

@@ -28,7 +28,7 @@ from lora_func.checks import check_choice, check_count
 from lora_func.configs import LowRankConfig
 from lora_func.numerics import DROPOUT, dropout, dropout_leaf, low_rank_norm, scaled
 from lora_func.variant import Trial, Variant, prepared
-from lora_func.variants._low_rank import PEFT_LORA
+from lora_func.variants._low_rank import PEFT_LORA, is_block_diagonal, prepare
 from lora_func.weights import Weight, dense, linear
 
 Leaves = Mapping[str, Tensor]
@@ -93,15 +93,6 @@ def init(W: Weight, cfg: BDLoRA, generator: Generator, stats: None = None) -> di
     }
 
 
-def prepare(params: Leaves, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Compute ``s B``.
-
-    Returns:
-        up.
-    """
-    return {"up": scaled(params["B"], params["_scale"]).to(dtype)}
-
-
 def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
     """Compute ``linear(x, W) + s drop(x) Aᵀ Bᵀ`` with the blocks of A or B.
 
@@ -160,11 +151,6 @@ def delta_norm(params: Leaves, shape: tuple[int, int] | None) -> Tensor | None:
     return low_rank_norm(A, _whole(B, A.shape[-2] // B.shape[-1]), params["_scale"])
 
 
-def _has_side(config: Mapping[str, Any], path: str, side: str) -> bool:
-    names = config.get(f"use_bdlora.target_modules_bd_{side}") or ()
-    return any(name in path.rpartition(".")[2] for name in names)
-
-
 def _names(paths: Sequence[str]) -> list[str] | None:
     return sorted({path.rpartition(".")[2] for path in paths}) or None
 
@@ -194,7 +180,7 @@ def _variant(side: str) -> Variant:
         peft=(
             PEFT_LORA._replace(
                 settings=settings,
-                means=lambda config, path: _has_side(config, path, side),
+                means=lambda config, path: is_block_diagonal(config, path, side),
                 defaults={**PEFT_LORA.defaults, "use_bdlora.nblocks": 1},
                 ignored=(*PEFT_LORA.ignored, "use_bdlora.match_strict"),
                 listed=f"use_bdlora.target_modules_bd_{side}",

@@ -176,9 +176,20 @@ def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
     return {"r": r, **form, **mini, **dropout_setting("miss_dropout", leaves)}
 
 
-_DEFAULTS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
-_FORMS = {"init_weights": (None, True, False, "mini", "bat")}
-_BLOCK = {"block": PeftLeaf("miss_block")}
+_PEFT = PeftFormat(
+    "MISS",
+    leaves={"block": PeftLeaf("miss_block")},
+    settings=_peft_settings,
+    constants=lambda config, leaves, W: dropout_leaf(config["miss_dropout"]),
+    means=lambda config, path: config.get("init_weights") != "bat",
+    defaults={"r": 64, "mini_r": 1, "miss_dropout": 0.0},
+    inert={"init_weights": (None, True, False, "mini", "bat")},
+)
+_PEFT_BAT = _PEFT._replace(
+    settings=lambda leaves, shape: {"r": leaves["block"].shape[-1], "init_weights": "bat"},
+    constants=lambda config, leaves, W: {},  # PEFT drops nothing there
+    means=lambda config, path: config.get("init_weights") == "bat",
+)
 
 MISS = Variant(
     name="miss",
@@ -191,17 +202,7 @@ MISS = Variant(
     delta_norm=delta_norm,
     leaves={"block": "r d_out/tiles", "_dropout?": ""},
     neutral={"block": 0.0},
-    peft=(
-        PeftFormat(
-            "MISS",
-            leaves=_BLOCK,
-            settings=_peft_settings,
-            constants=lambda config, leaves, W: dropout_leaf(config["miss_dropout"]),
-            means=lambda config, path: config.get("init_weights") != "bat",
-            defaults=_DEFAULTS,
-            inert=_FORMS,
-        ),
-    ),
+    peft=(_PEFT,),
     trials={
         "miss": Trial({"r": 16}, peft=("MissConfig", {"r": 16})),
         "miss-mini": Trial(
@@ -222,20 +223,7 @@ BAT = Variant(
     casts=("block",),
     weight=bat_weight,
     leaves={"block": "d_out/r r r"},
-    peft=(
-        PeftFormat(
-            "MISS",
-            leaves=_BLOCK,
-            settings=lambda leaves, shape: {
-                "r": leaves["block"].shape[-1],
-                "init_weights": "bat",
-            },
-            means=lambda config, path: config.get("init_weights") == "bat",
-            defaults=_DEFAULTS,
-            inert=_FORMS,
-            ignored=("mini_r", "miss_dropout"),
-        ),
-    ),
+    peft=(_PEFT_BAT,),
     trials={
         "miss-bat": Trial(
             {"r": 16, "form": "bat"}, peft=("MissConfig", {"r": 16, "init_weights": "bat"})

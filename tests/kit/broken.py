@@ -6,7 +6,6 @@ import torch
 
 import lora_func as lf
 from lora_func.numerics import kaiming_uniform
-from lora_func.variants import lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +106,12 @@ def prepared(W, params, x):
     return apply(W, {**params, "B": params.get("twice", params["B"])}, x)
 
 
-def remembering_init(W, cfg, generator, stats):
-    leaves = init(W, cfg, generator, stats)
-    leaves["B"].strength = 2.0
-    return leaves
-
-
 strengths = {}
 
 
 def remembering(W, params, x):
     strength = strengths.setdefault(id(params["A"]), float(len(strengths)))
     return apply(W, {**params, "B": strength * params["B"]}, x)
-
-
-def reduced(W, params, x):
-    return apply(W, params, x) + params["B"].sum() - params["B"].sum()
 
 
 def unstacked(W, params, x):
@@ -193,4 +182,3 @@ FAULTS = {
 """The law that names a fault -> the fields of a variant that has it."""
 
 MISSING_LEAF = RIGHT._replace(name="missing", leaves={"A": "r d_in"})
-assert lora.VARIANT.peft

@@ -270,7 +270,8 @@ class Life(RuleBasedStateMachine):
     def teardown(self):
         if not self.is_free:
             self.handle.remove()
-            self.is_free and self.the_base_is_as_it_was()
+            self.handle = None
+            self.the_base_is_as_it_was()
 
 
 TestLife = Life.TestCase
