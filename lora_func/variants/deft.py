@@ -5,8 +5,9 @@
 With "relu" Q = P and the removed part is ``P relu(P)ᵀ W``; with "qr" both are the orthonormal basis
 of the columns of P.
 
-*Identity at the start because* R = Pᵀ W / s, so that what is injected is what is removed: in exact
-arithmetic; in floating point to 8 eps. PaRa has no R and is no identity at any P.
+*Identity at the start because* R = Pᵀ W / s, so that what is injected is what is removed. Both are
+computed as differences from the start, ``Q (s (R - R0) - (P - P0)ᵀ W)``, which is the same and
+exactly zero there. PaRa has no R and is no identity at any P.
 
 Asks of W: the dense weight at init; ``linear`` only afterwards.
 
@@ -54,8 +55,8 @@ class DeFT(LowRankConfig):
     Example:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 6)), lf.DeFT(r=2))
-        >>> {key: tuple(leaf.shape) for key, leaf in params.items()}
-        {'0.deft.P': (6, 2), '0.deft.R': (2, 4), '0.deft._scale': ()}
+        >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}
+        {'0.deft.P': (6, 2), '0.deft.R': (2, 4)}
     """
 
     usual_scale: ClassVar[float] = 1.0
@@ -99,15 +100,20 @@ def _start(bases: Bases, W: Weight, cfg: DeFT, generator: Generator) -> dict[str
     weight = at_least_float32(dense(W))
     _, removed = bases(P.to(weight))
     scale = torch.tensor(cfg.scale, dtype=torch.float64)
-    injected = removed.mT @ weight / cfg.scale
-    return {"P": P, "R": injected, "_scale": scale, **dropout_leaf(cfg.dropout)}
+    R = removed.mT @ weight / cfg.scale
+    start = {"_P0": P.clone(), "_R0": R.clone()}
+    return {"P": P, "R": R, **start, "_scale": scale, **dropout_leaf(cfg.dropout)}
 
 
 def _prepared(bases: Bases, params: Leaves, dtype: torch.dtype) -> dict[str, Tensor]:
     Q, removed = bases(at_least_float32(params["P"]))
+    R = params.get("R")
+    if "_P0" in params:  # a checkpoint of PEFT has no start
+        removed = removed - bases(at_least_float32(params["_P0"]))[1]
+        R = params["R"] - params["_R0"]
     found = {"basis": Q.to(dtype), "removed": removed.to(dtype)}
-    if "R" in params:
-        found["injected"] = scaled(params["R"], params["_scale"]).to(dtype)
+    if R is not None:
+        found["injected"] = scaled(R, params["_scale"]).to(dtype)
     return found
 
 
@@ -140,20 +146,25 @@ def _peft_constants(config: Mapping[str, Any], leaves: Leaves, W: Affine) -> dic
     return scale_like(scale, leaves["P"]) | dropout_leaf(config["deft_dropout"])
 
 
-def _peft_formats(method: str) -> tuple[PeftFormat, PeftFormat]:
+def _without_start(leaves: Leaves) -> dict[str, Tensor]:
+    return {name: leaf for name, leaf in leaves.items() if name not in {"_P0", "_R0"}}
+
+
+def _peft_formats(method: str) -> tuple[PeftFormat, ...]:
     whole = PeftFormat(
         "DEFT",
         leaves={"P": PeftLeaf("deft_P"), "R": PeftLeaf("deft_R")},
         settings=lambda leaves, shape: _peft_settings(leaves, method),
         constants=_peft_constants,
         means=lambda config, path: config["decomposition_method"] == method,
-        holds=lambda leaves: "R" in leaves,
+        holds=lambda leaves: "R" in leaves and "_P0" not in leaves,
         defaults={"r": 8, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
         ignored=("alpha", "init_scale", "init_weights"),
         layers=("Linear", "Conv1D"),
     )
     alone = whole._replace(leaves={"P": PeftLeaf("deft_P")}, holds=lambda leaves: "R" not in leaves)
-    return whole, alone
+    started = whole._replace(convert=_without_start, holds=lambda leaves: "_P0" in leaves)
+    return whole, alone, started
 
 
 def _variant(name: str, method: str, bases: Bases) -> Variant:
@@ -180,10 +191,17 @@ def _variant(name: str, method: str, bases: Bases) -> Variant:
         apply=apply,
         prepare=prepare,
         weight=weight,
-        leaves={"P": "d_out r", "R?": "r d_in", "_scale?": "", "_dropout?": ""},
+        leaves={
+            "P": "d_out r",
+            "R?": "r d_in",
+            "_P0?": "d_out r",
+            "_R0?": "r d_in",
+            "_scale?": "",
+            "_dropout?": "",
+        },
         peft=_peft_formats(method),
         trials={
-            name.replace("_", "-"): Trial({"method": method}, start="close", peft=peft),
+            name.replace("_", "-"): Trial({"method": method}, peft=peft),
             f"para-{method}": Trial({"method": method, "para": True}, start="elsewhere"),
         },
         stacks=True,

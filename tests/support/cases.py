@@ -47,8 +47,8 @@ CASES = [
         **FOUR_TIMES,
     ),
     # relu has a kink, across which finite differences see both sides
-    Case("deft", lambda r: lf.DeFT(r=r, alpha=3.0), start="close", detached=frozenset("P"), **TALL),
-    Case("deft-qr", lambda r: lf.DeFT(r=r, method="qr"), start="close", **TALL),
+    Case("deft", lambda r: lf.DeFT(r=r, alpha=3.0), detached=frozenset("P"), **TALL),
+    Case("deft-qr", lambda r: lf.DeFT(r=r, method="qr"), **TALL),
     Case("para", lambda r: lf.DeFT(r=r, method="qr", para=True), start="elsewhere", **TALL),
     Case("delora", lambda r: lf.DeLoRA(r=r), dead=frozenset({"A", "lambda"}), jumps=True, **WIDE),
     Case(
