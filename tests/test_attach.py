@@ -1,12 +1,10 @@
 """attach: results equal fcall, leaves are registered parameters, removal restores the model."""
 
 import copy
-import gc
 import inspect
 import random
 import re
-import signal
-import time
+import sys
 
 import pytest
 import torch
@@ -319,49 +317,53 @@ class Stop(BaseException):
     pass
 
 
-# Python swallows what is raised inside the callback of a weak reference
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals")
+class Interrupt:
+    """Counts the lines that run below the caller, and raises Stop in one of them."""
+
+    def __init__(self, at=None):
+        self.lines, self.at = 0, at
+
+    def __call__(self, frame, event, _):
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise Stop
+        return self
+
+    def __enter__(self):
+        self.former = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, kind, *_):
+        sys.settrace(self.former)
+        return kind is Stop
+
+
 @pytest.mark.parametrize("family", ["qwen3", "bert"])
 def test_interrupts_leave_all_or_nothing(family):
     model, rng = make(family).requires_grad_(False), random.Random(0)
-    cfg = [lf.IA3(), lf.Full(target_parameters="norm|LayerNorm")]
-    params = lf.init(model, cfg)
+    params = lf.init(model, [lf.IA3(), lf.Full(target_parameters="norm|LayerNorm")])
     before = snapshot(model)
     kinds = [type(module) for module in model.modules()]
-    begun = time.perf_counter()
     lf.attach(model, params).remove()
-    once = time.perf_counter() - begun
-
-    def stop(*_):
-        if armed:
-            raise Stop
-
-    armed: list[bool] = []
-    former, interrupted = signal.signal(signal.SIGALRM, stop), 0
-    gc.disable()  # Python swallows what is raised inside a callback of the collector
-    try:
-        for _ in range(60):
-            handle = None
-            try:
-                armed.append(True)
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.02, 0.9) * once)
-                handle = lf.attach(model, params)
-                handle.remove()
-                armed.clear()
-            except Stop:
-                interrupted += 1
-                armed.clear()
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            if handle is not None:
-                handle.remove()
-            assert_same(before, model)
-            assert [type(module) for module in model.modules()] == kinds
-    finally:
-        gc.enable()
-        signal.signal(signal.SIGALRM, former)
-    assert interrupted
+    with Interrupt() as attaching:
+        handle = lf.attach(model, params)
+    with Interrupt() as removing:
+        handle.remove()
+    last = attaching.lines + removing.lines - 2  # without those of __exit__
+    edges = [*range(1, 40), *range(attaching.lines - 20, attaching.lines + 20)]
+    for at in [*edges, *range(last - 40, last), *rng.sample(range(1, last), 120)]:
+        handle = None
+        with Interrupt(at) as interrupt:
+            handle = lf.attach(model, params)
+            handle.remove()
+        assert interrupt.lines == at
+        if handle is not None:
+            handle.remove()
+        assert_same(before, model)
+        assert [type(module) for module in model.modules()] == kinds
+        assert torch.is_grad_enabled()
 
 
 FAMILIES_TO_TRAIN = {

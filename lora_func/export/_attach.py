@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_func.compat import children_of, parameters_of, versions_kept
+from lora_func.compat import children_of, parameters_of, state_dict_hooks_of, versions_kept
 from lora_func.export._parametrizations import Leaves, View, views_of
 from lora_func.modules import inner_model, is_spread, shared_parameters, whole
 from lora_func.runtime import Site, check_idle, check_single
@@ -30,7 +30,7 @@ class Attached:
         self._leaves: dict[str, tuple[Leaves, str]] = {}
         self._before: list[_Before] = []
         self._required_grad = [(p, p.requires_grad) for p in model.parameters()]
-        self._hook: Any = model.register_state_dict_post_hook(_clone_tied)  # type: ignore[no-untyped-call]
+        self._removed = False
 
     def params(self) -> Params:
         """Return the current adapter: new tensors, in the form that ``init`` gives."""
@@ -57,7 +57,7 @@ class Attached:
         merged = {place: getattr(*place).detach().clone() for place in places}
         self._check_tied(merged)
         errors: list[BaseException] = []
-        while self._hook is not None:
+        while not self._removed:
             try:
                 self._restore(merged)
             except BaseException as error:
@@ -77,8 +77,10 @@ class Attached:
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
         self._required_grad.clear()
-        self._hook.remove()
-        self._hook = None
+        hooks = state_dict_hooks_of(self.model)
+        for number in [number for number, hook in hooks.items() if hook is _clone_tied]:
+            del hooks[number]
+        self._removed = True
 
     def _check_tied(self, merged: Mapping[tuple[nn.Module, str], Tensor]) -> None:
         originals: dict[int, Tensor] = {}
@@ -182,15 +184,16 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     layout = check_single(params, model)
     handle, grad_mode = Attached(model), torch.is_grad_enabled()
     try:
+        model.register_state_dict_post_hook(_clone_tied)  # type: ignore[no-untyped-call]
         model.requires_grad_(False)
         copies = {key: leaf.detach().clone() for key, leaf in params.items()}
         with versions_kept(model.parameters()):
             _register(handle, layout.sites, copies)
+        return handle
     except BaseException:
         torch.set_grad_enabled(grad_mode)  # an interrupt may leave a block of no_grad half-entered
         handle.remove()
         raise
-    return handle
 
 
 def _register(handle: Attached, sites: Iterable[Site], params: Params) -> None:

@@ -2,6 +2,10 @@
 
 import torch
 
+PLACES = (
+    *("_parameters", "_buffers", "_modules"),
+    *("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks"),
+)
 
 def snapshot(model):
     """Record everything that a call could change: attributes, their order, and every bit."""
@@ -12,7 +16,7 @@ def snapshot(model):
     places = [
         [(k, id(v)) for k, v in getattr(module, place).items()]
         for module in model.modules()
-        for place in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+        for place in PLACES
     ]
     tensors = [
         (t, t.clone(), t._version, t.requires_grad)
