@@ -7,6 +7,7 @@ PLACES = (
     *("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks"),
 )
 
+
 def snapshot(model):
     """Record everything that a call could change: attributes, their order, and every bit."""
     modules = [
