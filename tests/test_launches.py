@@ -19,6 +19,7 @@ REACHED = {
     "dora": 20.0,
     "ether-plus": 21.6,
     "eva": 6.3,
+    "fourierft": 12.9,
     "gralora": 12.3,
     "gralora-hybrid": 18.7,
     "hira": 7.3,
@@ -44,7 +45,10 @@ REACHED = {
     "ssteer": 8.6,
     "ssvd": 9.2,
     "svft": 5.6,
+    "tied-lora": 8.1,
+    "vblora": 7.5,
     "vera": 12.3,
+    "waveft": 13.0,
 }
 OF_A_STACK = {
     **dict.fromkeys(("antipasto", "bdlora-a", "boft", "gralora", "gralora-hybrid"), 2.1),
@@ -52,6 +56,7 @@ OF_A_STACK = {
     "c3a": 0.8,
     "hra": 0.2,
     "shira": 0.9,
+    "waveft": 1.2,
 }
 """How many more a sweep needs, for K factors in the place of one; 0.15 for any other variant."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lora_func.compat import children_of, parameters_of, state_dict_hooks_of, versions_kept
-from lora_func.export._parametrizations import Leaves, View, views_of
+from lora_func.export._parametrizations import Leaves, View, as_own, views_of
 from lora_func.modules import inner_model, is_spread, shared_parameters, whole
 from lora_func.runtime import Site, check_idle, check_single
 from lora_func.variant import Params
@@ -186,7 +186,7 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
     try:
         model.register_state_dict_post_hook(_clone_tied)  # type: ignore[no-untyped-call]
         model.requires_grad_(False)
-        copies = {key: leaf.detach().clone() for key, leaf in params.items()}
+        copies = {key: as_own(key, leaf) for key, leaf in params.items()}
         with versions_kept(model.parameters()):
             _register(handle, layout.sites, copies)
         return handle
@@ -216,11 +216,11 @@ def _register(handle: Attached, sites: Iterable[Site], params: Params) -> None:
 
 
 def _clone_tied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Clone frozen parameters that share memory: transformers saves those only by known names."""
+    """Clone what shares memory here: transformers saves shared tensors only by known names."""
     storages = Counter(t.untyped_storage() for t in state.values() if isinstance(t, Tensor))
     for name, tensor in state.items():
-        frozen = ".parametrizations." in f".{name}" and name.endswith(".original")
-        if frozen and storages[tensor.untyped_storage()] > 1:
+        inside = ".parametrizations." in f".{name}"
+        if inside and storages[tensor.untyped_storage()] > 1:
             state[name] = tensor.clone()
 
 

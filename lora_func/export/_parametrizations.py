@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lora_func.adapter import parse
 from lora_func.compat import parameters_of
 from lora_func.modules import AttachedView
 from lora_func.runtime import (
@@ -18,16 +19,22 @@ from lora_func.runtime import (
 from lora_func.weights import is_packed, is_stack, matrix, restore_layout
 
 
+def as_own(key: str, leaf: Tensor) -> Tensor:
+    """Return a copy of a leaf: a parameter if it is trained, which several sites may share."""
+    copy = leaf.detach().clone()
+    return copy if parse(key).is_constant else nn.Parameter(copy)
+
+
 class Leaves(nn.Module):
     """The leaves of a site: parameters, and buffers for constants."""
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, leaf in leaves.items():
-            if name.startswith("_"):
-                self.register_buffer(name, leaf)
+            if isinstance(leaf, nn.Parameter):
+                self.register_parameter(name, leaf)
             else:
-                self.register_parameter(name, nn.Parameter(leaf))
+                self.register_buffer(name, leaf)
 
     def tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}

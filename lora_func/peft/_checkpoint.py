@@ -94,8 +94,8 @@ def _check_settings(path: Path, config: Mapping[str, Any], formats: Sequence[Pef
     for name, harmless in inert.items():
         if config.get(name) not in harmless:
             raise AdapterFileError(
-                f"{path}: {name} is {config[name]!r}; this setting changes the base or the forward "
-                f"pass, and is read only at {harmless}"
+                f"{path}: {name} is {config.get(name)!r}; this setting changes the base or the "
+                f"forward pass, and is read only at {harmless}"
             )
     for found in formats:
         for name, default in found.defaults.items():

@@ -80,12 +80,12 @@ class BiasFn(Protocol):
 
 
 class SharedFn(Protocol):
-    """Make the constants that all sites of a config share."""
+    """Make the leaves that all sites of a config share."""
 
     def __call__(
         self, weights: Mapping[str, Weight], cfg: Any, generator: Generator, /
     ) -> dict[str, Tensor]:
-        """Return the constants, whose names start with ``_``, given each site's frozen weight."""
+        """Return the leaves, given each site's frozen weight; names with ``_`` are constants."""
 
 
 class ObserveFn(Protocol):

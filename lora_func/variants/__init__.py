@@ -20,6 +20,7 @@ from lora_func.variants import (
     dora,
     ether_plus,
     eva,
+    fourierft,
     full,
     gralora,
     hira,
@@ -40,7 +41,10 @@ from lora_func.variants import (
     ssteer,
     ssvd,
     svft,
+    tied_lora,
+    vblora,
     vera,
+    waveft,
 )
 from lora_func.variants.antipasto import AntiPaSTO
 from lora_func.variants.bdlora import BDLoRA
@@ -52,6 +56,7 @@ from lora_func.variants.delora import DeLoRA
 from lora_func.variants.dora import DoRA
 from lora_func.variants.ether_plus import ETHERPlus
 from lora_func.variants.eva import EVA
+from lora_func.variants.fourierft import FourierFT
 from lora_func.variants.full import Full
 from lora_func.variants.gralora import GraLoRA
 from lora_func.variants.hira import HiRA
@@ -71,7 +76,10 @@ from lora_func.variants.shira import SHiRA
 from lora_func.variants.ssteer import SSteer
 from lora_func.variants.ssvd import SSVD
 from lora_func.variants.svft import SVFT
+from lora_func.variants.tied_lora import TiedLoRA
+from lora_func.variants.vblora import VBLoRA
 from lora_func.variants.vera import VeRA
+from lora_func.variants.waveft import WaveFT
 
 __all__ = [
     "BOFT",
@@ -92,6 +100,7 @@ __all__ = [
     "DeLoRA",
     "DoRA",
     "ETHERPlus",
+    "FourierFT",
     "Full",
     "GraLoRA",
     "HiRA",
@@ -103,7 +112,10 @@ __all__ = [
     "PiSSA",
     "SHiRA",
     "SSteer",
+    "TiedLoRA",
+    "VBLoRA",
     "VeRA",
+    "WaveFT",
     "register",
 ]
 
@@ -118,6 +130,7 @@ _TABLE = (
     dora.VARIANT,
     ether_plus.VARIANT,
     eva.VARIANT,
+    fourierft.VARIANT,
     full.VARIANT,
     gralora.VARIANT,
     hira.VARIANT,
@@ -138,7 +151,10 @@ _TABLE = (
     *ssteer.VARIANTS,
     ssvd.VARIANT,
     svft.VARIANT,
+    tied_lora.VARIANT,
+    vblora.VARIANT,
     vera.VARIANT,
+    waveft.VARIANT,
 )
 
 _by_name: dict[str, Variant] = {}

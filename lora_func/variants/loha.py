@@ -29,8 +29,9 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.configs import ScaledConfig
-from lora_func.numerics import add_low_rank, kaiming_uniform, low_rank_norm, scaled
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
+from lora_func.numerics import kaiming_uniform, scaled
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variants._factors import views_of
 from lora_func.variants._low_rank import alpha_of, scale_like
 from lora_func.weights import Weight, dense
 
@@ -65,39 +66,15 @@ def init(W: Weight, cfg: LoHa, generator: Generator, stats: None = None) -> dict
     }
 
 
-def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Give the factors of rank r², the scale in B.
-
-    Returns:
-        One pair, shapes (..., r², d_in) and (..., d_out, r²).
-    """
-    A1, B1, A2, B2 = (params[leaf] for leaf in ("A1", "B1", "A2", "B2"))
-    A = (A1.unsqueeze(-2) * A2.unsqueeze(-3)).flatten(-3, -2)
-    B = (scaled(B1, params["_scale"]).unsqueeze(-1) * B2.unsqueeze(-2)).flatten(-2)
-    return [(A, B)]
+def _down(params: Mapping[str, Tensor]) -> Tensor:
+    """The products of all pairs of rows of A1 and A2, shape (r², d_in)."""
+    return (params["A1"].unsqueeze(-2) * params["A2"].unsqueeze(-3)).flatten(-3, -2)
 
 
-def prepare(
-    params: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Multiply the factors of all pairs.
-
-    Returns:
-        down (r², d_in) and up (d_out, r²).
-    """
-    ((down, up),) = low_rank(params)
-    return {"down": down.to(dtype), "up": up.to(dtype)}
-
-
-def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W) + x Aᵀ Bᵀ`` with the factors of rank r².
-
-    Returns:
-        Shape (..., d_out).
-    """
-    if "up" not in params:
-        params = prepared(prepare, params, W, x.dtype)
-    return add_low_rank(x, W, params["down"], params["up"])
+def _up(params: Mapping[str, Tensor]) -> Tensor:
+    """``s`` times the products of all pairs of columns of B1 and B2, shape (d_out, r²)."""
+    B1 = scaled(params["B1"], params["_scale"])
+    return (B1.unsqueeze(-1) * params["B2"].unsqueeze(-2)).flatten(-2)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
@@ -111,52 +88,35 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + (first * (params["B2"] @ params["A2"])).to(W.dtype)
 
 
-def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
-    """Compute the norm of the change from its factors.
-
-    Returns:
-        Shape ().
-    """
-    ((A, B),) = low_rank(params)
-    return low_rank_norm(A, B, B.new_ones(()))
-
-
 def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
     r = leaves["A1"].shape[-2]
     return {"r": r, "alpha": alpha_of(leaves["_scale"], r)}
 
+
+_PEFT = PeftFormat(
+    "LOHA",
+    leaves={
+        "A1": PeftLeaf("hada_w1_b"),
+        "B1": PeftLeaf("hada_w1_a"),
+        "A2": PeftLeaf("hada_w2_b"),
+        "B2": PeftLeaf("hada_w2_a"),
+    },
+    settings=_peft_settings,
+    constants=lambda config, leaves, W: scale_like(
+        config["alpha"] / leaves["A1"].shape[-2], leaves["A1"]
+    ),
+    patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
+    defaults={"r": 8, "alpha": 8},
+    ignored=("rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"),
+)
 
 VARIANT = Variant(
     name="loha",
     config=LoHa,
     family="low-rank",
     init=init,
-    apply=apply,
-    prepare=prepare,
-    weight=weight,
-    delta_norm=delta_norm,
     leaves={"A1": "r d_in", "B1": "d_out r", "A2": "r d_in", "B2": "d_out r", "_scale": ""},
-    low_rank=low_rank,
-    peft=(
-        PeftFormat(
-            "LOHA",
-            leaves={
-                "A1": PeftLeaf("hada_w1_b"),
-                "B1": PeftLeaf("hada_w1_a"),
-                "A2": PeftLeaf("hada_w2_b"),
-                "B2": PeftLeaf("hada_w2_a"),
-            },
-            settings=_peft_settings,
-            constants=lambda config, leaves, W: scale_like(
-                config["alpha"] / leaves["A1"].shape[-2], leaves["A1"]
-            ),
-            patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
-            defaults={"r": 8, "alpha": 8},
-            ignored=("rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"),
-        ),
-    ),
     trials={"loha": Trial(lr=3e-3, peft=("LoHaConfig", {"r": 8}))},
     pads=True,
-    stacks=True,
-    products_only=True,
+    **{**views_of(_down, _up), "weight": weight, "peft": (_PEFT,)},
 )

@@ -27,7 +27,7 @@ from lora_func.checks import check_number
 from lora_func.configs import LowRankConfig
 from lora_func.numerics import dropout_leaf, scaled, svd
 from lora_func.variant import Trial, Variant
-from lora_func.variants._subspace import views_of
+from lora_func.variants._factors import views_of
 from lora_func.weights import Weight, dense
 
 

@@ -28,7 +28,7 @@ from lora_func.checks import check_flag
 from lora_func.configs import DropoutConfig, RankConfig
 from lora_func.numerics import at_least_float32, cayley, dropout_leaf, skew, svd
 from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
-from lora_func.variants._subspace import views_of
+from lora_func.variants._factors import views_of
 from lora_func.weights import Affine, Weight, dense
 
 
@@ -66,10 +66,10 @@ def init(W: Weight, cfg: PSOFT, generator: Generator, stats: None = None) -> dic
     """
     gains = {"a": torch.ones(cfg.r), "b": torch.ones(cfg.r)} if cfg.gains else {}
     trained = {"K": torch.zeros(cfg.r * (cfg.r - 1) // 2), **gains}
-    return {**trained, **_subspace(dense(W), cfg.r), **dropout_leaf(cfg.dropout)}
+    return {**trained, **_factors(dense(W), cfg.r), **dropout_leaf(cfg.dropout)}
 
 
-def _subspace(W: Tensor, r: int) -> dict[str, Tensor]:
+def _factors(W: Tensor, r: int) -> dict[str, Tensor]:
     U, S, Vh = svd(W, r)
     return {"_A": Vh, "_B": U * S}
 
@@ -94,7 +94,7 @@ def _up(params: Mapping[str, Tensor]) -> Tensor:
 def _peft_constants(
     config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine
 ) -> dict[str, Tensor]:
-    subspace = _subspace(dense(W), config["r"])
+    subspace = _factors(dense(W), config["r"])
     return {**subspace, **dropout_leaf(config["psoft_dropout"])}
 
 

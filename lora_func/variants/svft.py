@@ -28,7 +28,7 @@ from lora_func.checks import check_choice, check_count
 from lora_func.configs import LinearConfig
 from lora_func.numerics import svd
 from lora_func.variant import Trial, Variant
-from lora_func.variants._subspace import views_of
+from lora_func.variants._factors import views_of
 from lora_func.weights import Weight, dense
 
 

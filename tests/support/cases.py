@@ -14,6 +14,7 @@ TALL = {"fit": lambda d_in, d_out, r: (d_in, 8 * d_out, r)}
 WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
 WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
 EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
+LOCATED = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, min(r, 3))}
 SPARSE = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, 1)}
 
 CASES = [
@@ -61,6 +62,7 @@ CASES = [
     Case("ether-plus", lambda r: lf.ETHERPlus(blocks=2), **FOUR_TIMES),
     Case("ether-plus-one-sided", lambda r: lf.ETHERPlus(two_sided=False), **WIDE),
     Case("eva", lambda r: lf.EVA(r=r), dead=A, data="inputs"),
+    Case("fourierft", lambda r: lf.FourierFT(n_frequency=4 + r), **LOCATED),
     Case("full", lambda r: lf.Full(target_parameters=".*")),
     Case("full-weight", lambda r: lf.Full(target_parameters="weight")),
     Case("full-bias", lambda r: lf.Full(target_parameters="bias"), bias=True),
@@ -121,6 +123,16 @@ CASES = [
     Case("ssvd", lambda r: lf.SSVD(r=r), **WIDE_RANK),
     Case("ssvd-strict", lambda r: lf.SSVD(r=r, orthogonality="strict"), **WIDE_RANK),
     Case("template", lambda r: Template(r=r), dead=frozenset({"A", "g"})),
+    Case("waveft", lambda r: lf.WaveFT(n_frequency=4 + r, scaling=3.0), **LOCATED),
+    Case("waveft-entries", lambda r: lf.WaveFT(n_frequency=4 + r, wavelet=None), **LOCATED),
+    Case("waveft-sym4", lambda r: lf.WaveFT(n_frequency=4 + r, wavelet="sym4"), **LOCATED),
+    Case("tied-lora", lambda r: lf.TiedLoRA(r=r, alpha=3.0), dead=A),
+    Case(
+        "vblora",
+        lambda r: lf.VBLoRA(r=r, num_vectors=4, vector_length=2),
+        start="elsewhere",
+        **TWICE,
+    ),
     Case("vera", lambda r: lf.VeRA(r=r), dead=frozenset({"lambda_d"})),
 ]
 

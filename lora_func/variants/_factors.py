@@ -1,4 +1,4 @@
-"""The views of ``W' = W + up A`` with a frozen A, for variants that train inside of a subspace."""
+"""The views of ``W' = W + up down``, for variants that compute one or both of the factors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,28 +14,35 @@ from lora_func.weights import Weight, dense
 Leaves = Mapping[str, Tensor]
 
 
-def views_of(frozen: str, up: Callable[[Leaves], Tensor]) -> dict[str, Any]:
-    """Make the fields of a variant that trains inside of a subspace.
+def views_of(
+    down: str | Callable[[Leaves], Tensor], up: Callable[[Leaves], Tensor]
+) -> dict[str, Any]:
+    """Make the fields of a variant whose change is a product of two factors.
 
     Args:
-        frozen: The leaf A, shape (r, d_in).
-        up: From the leaves, what A is multiplied by, shape (d_out, r).
+        down: The leaf that is the first factor; or a function that makes it, shape (r, d_in).
+        up: From the leaves, the second factor, shape (d_out, r).
 
     Returns:
         Fields of ``Variant``. The variant is written for PEFT as a LoRA.
     """
+    leaf = down if isinstance(down, str) else None
+
+    def make_down(params: Leaves) -> Tensor:
+        return params[down] if isinstance(down, str) else down(params)
 
     def prepare(params: Leaves, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"up": up(params).to(dtype)}
+        made = {"up": up(params).to(dtype)}
+        return made if leaf else {**made, "down": make_down(params).to(dtype)}
 
     def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
         if "up" not in params:
             params = prepared(prepare, params, W, x.dtype)
-        return add_low_rank(x, W, params[frozen], params["up"], rate=params.get(DROPOUT))
+        return add_low_rank(x, W, params[leaf or "down"], params["up"], rate=params.get(DROPOUT))
 
     def low_rank(params: Leaves) -> list[tuple[Tensor, Tensor]]:
         B = up(params)
-        return [(params[frozen].to(B.dtype), B)]
+        return [(make_down(params).to(B.dtype), B)]
 
     def weight(W: Weight, params: Leaves) -> Tensor:
         W, ((A, B),) = dense(W), low_rank(params)
@@ -53,7 +60,7 @@ def views_of(frozen: str, up: Callable[[Leaves], Tensor]) -> dict[str, Any]:
     return {
         "prepare": prepare,
         "apply": apply,
-        "casts": (frozen,),
+        "casts": (leaf,) if leaf else (),
         "weight": weight,
         "delta_norm": delta_norm,
         "low_rank": low_rank,
