@@ -75,7 +75,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _flat(config: Mapping[str, Any], formats: Sequence[PeftFormat]) -> dict[str, Any]:
     """The config with dotted names for the settings of the sub-configs that are read."""
-    outer = {name.partition(".")[0] for f in formats for name in f.defaults if "." in name}
+    names = {name for found in formats for name in (*found.defaults, *found.ignored)}
+    outer = {name.partition(".")[0] for name in names if "." in name}
     flat: dict[str, Any] = {}
     for name, value in config.items():
         inner = value if name in outer and isinstance(value, dict) else None

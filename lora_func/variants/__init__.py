@@ -27,6 +27,7 @@ from lora_func.variants import (
     hra,
     ia3,
     ia3_ff,
+    kasa,
     loha,
     lokr,
     lora,
@@ -63,6 +64,7 @@ from lora_func.variants.hira import HiRA
 from lora_func.variants.hra import HRA
 from lora_func.variants.ia3 import IA3
 from lora_func.variants.ia3_ff import IA3FF
+from lora_func.variants.kasa import KaSA
 from lora_func.variants.loha import LoHa
 from lora_func.variants.lokr import LoKr
 from lora_func.variants.lora import LoRA
@@ -104,6 +106,7 @@ __all__ = [
     "Full",
     "GraLoRA",
     "HiRA",
+    "KaSA",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -137,6 +140,7 @@ _TABLE = (
     hra.VARIANT,
     ia3.VARIANT,
     ia3_ff.VARIANT,
+    kasa.VARIANT,
     loha.VARIANT,
     lokr.VARIANT,
     lora.VARIANT,

@@ -135,6 +135,7 @@ PEFT_LORA = PeftFormat(
         not config.get("use_dora")
         and config.get("init_lora_weights") != "pissa"
         and not config.get("lora_bias")
+        and "kasa_config.beta" not in config
         and not any(is_block_diagonal(config, path, side) for side in "ab")
     ),
     patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},

@@ -13,6 +13,7 @@ FOUR_TIMES = {"fit": lambda d_in, d_out, r: (4 * d_in, 4 * d_out, r)}
 TALL = {"fit": lambda d_in, d_out, r: (d_in, 8 * d_out, r)}
 WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
 WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
+WIDE_RANK_LESS = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, min(r, d_in, d_out))}
 EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
 LOCATED = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, min(r, 3))}
 SPARSE = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, 1)}
@@ -77,6 +78,7 @@ CASES = [
     Case("hra", lambda r: lf.HRA(r=r), start="close", **EVEN),
     Case("ia3", lambda r: lf.IA3()),
     Case("ia3_ff", lambda r: lf.IA3FF()),
+    Case("kasa", lambda r: lf.KaSA(r=r), dead=A | {"d"}, start="elsewhere", **WIDE_RANK_LESS),
     Case("loha", lambda r: lf.LoHa(r=r), dead=frozenset({"A1", "B1", "B2"})),
     Case(
         "lokr",
