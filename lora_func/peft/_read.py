@@ -125,7 +125,8 @@ def _module(
     formats = readable_formats(kind)
     leaf_names = {leaf.name for _, found in formats for leaf in found.leaves.values()}
     adapter = {rest: t for rest, t in stored.tensors.items() if rest in leaf_names}
-    others = {rest: t for rest, t in stored.tensors.items() if rest not in leaf_names}
+    copies = {name for _, found in formats for name in found.copies}
+    others = {k: t for k, t in stored.tensors.items() if k not in leaf_names | copies}
     _check_named(model, path, stored, kind)
     params: Params = {}
     for _, found in formats:

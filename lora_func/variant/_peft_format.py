@@ -119,6 +119,8 @@ class PeftFormat(NamedTuple):
         listed: A setting that lists the sites of this format, if PEFT tells formats apart by it.
         lists: From the paths of its sites, the value of that setting; None to leave it out.
         shared: Leaf under ``*`` -> the full name of its tensor.
+        copies: Names of tensors at a module that repeat what ``shared`` holds. They are not
+            written: PEFT warns, and does without them.
         layers: The layers on which PEFT stores this format: classes by name (``CONVOLUTIONS`` are
             three), "Parameter" for parameters, "in_proj" and "out_proj" for those of torch's
             attention.
@@ -140,6 +142,7 @@ class PeftFormat(NamedTuple):
     listed: str | None = None
     lists: Callable[[Sequence[str]], Any] = regular_expression
     shared: Mapping[str, str] = {}
+    copies: Collection[str] = ()
     layers: Collection[str] = ("Linear",)
     refuses: Callable[[Any], str | None] = lambda module: None
     whole: str | None = None

@@ -37,6 +37,7 @@ from lora_func.variants import (
     oft,
     pissa,
     psoft,
+    randlora,
     road,
     shira,
     ssteer,
@@ -73,6 +74,7 @@ from lora_func.variants.miss import MiSS
 from lora_func.variants.oft import OFT
 from lora_func.variants.pissa import PiSSA
 from lora_func.variants.psoft import PSOFT
+from lora_func.variants.randlora import RandLoRA
 from lora_func.variants.road import ROAD
 from lora_func.variants.shira import SHiRA
 from lora_func.variants.ssteer import SSteer
@@ -113,6 +115,7 @@ __all__ = [
     "LoRAXS",
     "MiSS",
     "PiSSA",
+    "RandLoRA",
     "SHiRA",
     "SSteer",
     "TiedLoRA",
@@ -150,6 +153,7 @@ _TABLE = (
     oft.VARIANT,
     pissa.VARIANT,
     psoft.VARIANT,
+    randlora.VARIANT,
     *road.VARIANTS,
     shira.VARIANT,
     *ssteer.VARIANTS,

@@ -99,6 +99,13 @@ CASES = [
     Case("lora-alpha", lambda r: lf.LoRA(r=r, alpha=3.0), dead=A),
     Case("psoft", lambda r: lf.PSOFT(r=r), **WIDE_RANK),
     Case("psoft-rotation", lambda r: lf.PSOFT(r=r, gains=False), **WIDE_RANK),
+    Case("randlora", lambda r: lf.RandLoRA(r=r, alpha=1.0), dead=frozenset({"gamma"}), **WIDE),
+    Case(
+        "randlora-sparse",
+        lambda r: lf.RandLoRA(r=r, alpha=3.0, bases="sparse"),
+        dead=frozenset({"gamma"}),
+        **TWICE,
+    ),
     Case("rslora", lambda r: lf.LoRA(r=r, alpha=5.0, rslora=True), dead=A),
     Case("miss", lambda r: lf.MiSS(r=r)),
     Case("miss-mini", lambda r: lf.MiSS(r=r, form="mini", mini_r=2), **TWICE),
