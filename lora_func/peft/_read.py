@@ -23,6 +23,7 @@ from lora_func.peft._formats import (
     sizes_of,
     targeted_parameters,
 )
+from lora_func.peft._numbered import with_paths
 from lora_func.peft._promises import check_promises
 from lora_func.peft._tied import mirrored_once
 from lora_func.peft._whole import FULL, check_no_buffer, tied_once, whole_parameters
@@ -54,11 +55,15 @@ def from_peft(
     config = read_config(folder)
     tensors = read_tensors(folder, allow_nonfinite)
     params: Params = {}
-    for variant, found in readable_formats(config["peft_type"]):
-        for leaf, name in found.shared.items():
+    formats = readable_formats(config["peft_type"])
+    for variant, found in formats:
+        for leaf, name in found.shared.items() if found.means(config, SHARED) else ():
             params[str(Key(SHARED, variant.name, leaf))] = _taken(folder, tensors, name)
     try:
-        names = _names(model, [key.removeprefix(PREFIX) for key in tensors])
+        at_paths = [key.removeprefix(PREFIX) for key in tensors if key.startswith(PREFIX)]
+        names = _names(model, at_paths)
+        numbered = [found for _, found in formats]
+        tensors = with_paths(model, tensors, numbered, names.to_model)
         adapted: set[str] = set()
         modules = {path for path, _ in model.named_modules()}
         at = by_module(tensors, config["peft_type"], lambda path: names.to_model(path) in modules)

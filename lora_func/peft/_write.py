@@ -15,6 +15,7 @@ from lora_func.checks import check_choice
 from lora_func.files import replace_file
 from lora_func.modules import find_site, inner_model
 from lora_func.peft._formats import CONFIG, PREFIX, WEIGHTS, readable_formats
+from lora_func.peft._numbered import with_numbers
 from lora_func.peft._sites import PeftSite, peft_sites
 from lora_func.peft._task import TASKS, hidden_by_head, task_of
 from lora_func.peft._trained import Trained, check_ambiguous, trained_parameters
@@ -78,6 +79,7 @@ def to_peft(
     if target == "vllm":
         _check_served(config)
     tensors = {f"{PREFIX}{name}": t for site in sites for name, t in site.tensors().items()}
+    tensors = with_numbers(model, tensors, [site.format for site in sites])
     tensors |= {
         name: leaves[str(Key(SHARED, site.variant, leaf))].clone()
         for site in sites

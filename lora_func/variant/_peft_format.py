@@ -119,6 +119,8 @@ class PeftFormat(NamedTuple):
         listed: A setting that lists the sites of this format, if PEFT tells formats apart by it.
         lists: From the paths of its sites, the value of that setting; None to leave it out.
         shared: Leaf under ``*`` -> the full name of its tensor.
+        numbered: The name of a tensor that PEFT stores with the number of its site, in the order of
+            the model, in place of the path.
         copies: Names of tensors at a module that repeat what ``shared`` holds. They are not
             written: PEFT warns, and does without them.
         layers: The layers on which PEFT stores this format: classes by name (``CONVOLUTIONS`` are
@@ -142,6 +144,7 @@ class PeftFormat(NamedTuple):
     listed: str | None = None
     lists: Callable[[Sequence[str]], Any] = regular_expression
     shared: Mapping[str, str] = {}
+    numbered: str | None = None
     copies: Collection[str] = ()
     layers: Collection[str] = ("Linear",)
     refuses: Callable[[Any], str | None] = lambda module: None

@@ -44,6 +44,7 @@ from lora_func.variants import (
     ssvd,
     svft,
     tied_lora,
+    tinylora,
     vblora,
     vera,
     waveft,
@@ -81,6 +82,7 @@ from lora_func.variants.ssteer import SSteer
 from lora_func.variants.ssvd import SSVD
 from lora_func.variants.svft import SVFT
 from lora_func.variants.tied_lora import TiedLoRA
+from lora_func.variants.tinylora import TinyLoRA
 from lora_func.variants.vblora import VBLoRA
 from lora_func.variants.vera import VeRA
 from lora_func.variants.waveft import WaveFT
@@ -119,6 +121,7 @@ __all__ = [
     "SHiRA",
     "SSteer",
     "TiedLoRA",
+    "TinyLoRA",
     "VBLoRA",
     "VeRA",
     "WaveFT",
@@ -160,6 +163,7 @@ _TABLE = (
     ssvd.VARIANT,
     svft.VARIANT,
     tied_lora.VARIANT,
+    *tinylora.VARIANTS,
     vblora.VARIANT,
     vera.VARIANT,
     waveft.VARIANT,

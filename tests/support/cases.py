@@ -135,6 +135,10 @@ CASES = [
     Case("waveft", lambda r: lf.WaveFT(n_frequency=4 + r, scaling=3.0), **LOCATED),
     Case("waveft-entries", lambda r: lf.WaveFT(n_frequency=4 + r, wavelet=None), **LOCATED),
     Case("waveft-sym4", lambda r: lf.WaveFT(n_frequency=4 + r, wavelet="sym4"), **LOCATED),
+    *(
+        Case(f"tinylora{'-tied' * tied}", lambda r, t=tied: lf.TinyLoRA(r=r, u=3, tied=t))
+        for tied in (False, True)
+    ),
     Case("tied-lora", lambda r: lf.TiedLoRA(r=r, alpha=3.0), dead=A),
     Case(
         "vblora",

@@ -103,4 +103,4 @@ def test_peft_reads_it(tmp_path):
     expected = lf.fcall(model, params, x)
     with pytest.warns(UserWarning, match="missing adapter keys .*0.randlora_A"):
         theirs = peft.PeftModel.from_pretrained(model, tmp_path)
-    torch.testing.assert_close(theirs(x), expected)
+    torch.testing.assert_close(theirs(x), expected, atol=1e-4, rtol=1e-4)
