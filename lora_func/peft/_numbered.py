@@ -1,7 +1,9 @@
-"""Tensors that PEFT stores by the number of their site, in the order of the model."""
+"""Tensors that PEFT stores by numbers: those of sites in the model's order, or of a list."""
 
+import re
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lora_func.peft._formats import PREFIX
@@ -11,7 +13,7 @@ from lora_func.variant import PeftFormat
 def with_numbers(
     model: nn.Module, tensors: dict[str, Tensor], formats: Sequence[PeftFormat]
 ) -> dict[str, Tensor]:
-    """Replace the paths of sites by their numbers, in the names of tensors that PEFT numbers.
+    """Give tensors the numbers that PEFT gives them, for sites and in lists.
 
     Args:
         model: The model.
@@ -26,7 +28,17 @@ def with_numbers(
         for name in {found.numbered for found in formats if found.numbered}
         for number, path in enumerate(_paths(model, tensors, name, lambda path: path))
     }
-    return {renamed.get(key, key): tensor for key, tensor in tensors.items()}
+    tensors = {renamed.get(key, key): tensor for key, tensor in tensors.items()}
+    lists = {name for found in formats for name in found.lists_of}
+    return {
+        name: part
+        for key, tensor in tensors.items()
+        for name, part in (_parts(key, tensor) if key.endswith(tuple(lists)) else [(key, tensor)])
+    }
+
+
+def _parts(key: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    return [(f"{key}.{i}.weight", part.clone()) for i, part in enumerate(tensor)]
 
 
 def with_paths(
@@ -35,7 +47,7 @@ def with_paths(
     formats: Sequence[PeftFormat],
     to_model: Callable[[str], str],
 ) -> dict[str, Tensor]:
-    """Replace the numbers of sites by their paths.
+    """Undo ``with_numbers``: numbers of sites become paths, lists become tensors.
 
     Args:
         model: The model.
@@ -44,7 +56,7 @@ def with_paths(
         to_model: From a path in the checkpoint to one in the model.
 
     Returns:
-        The tensors by names with paths; those whose number belongs to no site are left as they are.
+        The tensors; those whose number belongs to no site are left as they are.
     """
     renamed = {}
     for found in formats:
@@ -53,7 +65,22 @@ def with_paths(
             for number, path in enumerate(_paths(model, tensors, first, to_model)):
                 key = f"base_model.{found.numbered}.{number}"
                 renamed[key] = f"{PREFIX}{path}.{found.numbered}"
-    return {renamed.get(key, key): tensor for key, tensor in tensors.items()}
+    tensors = {renamed.get(key, key): tensor for key, tensor in tensors.items()}
+    for name in {name for found in formats for name in found.lists_of}:
+        tensors = _stacked(tensors, name)
+    return tensors
+
+
+def _stacked(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    lists: dict[str, dict[int, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        if part := re.fullmatch(rf"(.*\.{name})\.(\d+)\.weight", key):
+            lists.setdefault(part[1], {})[int(part[2])] = tensor
+        else:
+            others[key] = tensor
+    stacked = {key: torch.stack([parts[i] for i in sorted(parts)]) for key, parts in lists.items()}
+    return {**others, **stacked}
 
 
 def _paths(

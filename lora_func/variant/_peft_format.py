@@ -121,6 +121,8 @@ class PeftFormat(NamedTuple):
         shared: Leaf under ``*`` -> the full name of its tensor.
         numbered: The name of a tensor that PEFT stores with the number of its site, in the order of
             the model, in place of the path.
+        lists_of: Names of tensors that PEFT stores as one for each index of their first axis:
+            "name.0.weight", "name.1.weight".
         copies: Names of tensors at a module that repeat what ``shared`` holds. They are not
             written: PEFT warns, and does without them.
         layers: The layers on which PEFT stores this format: classes by name (``CONVOLUTIONS`` are
@@ -145,6 +147,7 @@ class PeftFormat(NamedTuple):
     lists: Callable[[Sequence[str]], Any] = regular_expression
     shared: Mapping[str, str] = {}
     numbered: str | None = None
+    lists_of: Collection[str] = ()
     copies: Collection[str] = ()
     layers: Collection[str] = ("Linear",)
     refuses: Callable[[Any], str | None] = lambda module: None

@@ -35,6 +35,7 @@ from lora_func.variants import (
     lora_xs,
     miss,
     oft,
+    peanut,
     pissa,
     psoft,
     randlora,
@@ -73,6 +74,7 @@ from lora_func.variants.lora import LoRA
 from lora_func.variants.lora_xs import LoRAXS
 from lora_func.variants.miss import MiSS
 from lora_func.variants.oft import OFT
+from lora_func.variants.peanut import PEANuT
 from lora_func.variants.pissa import PiSSA
 from lora_func.variants.psoft import PSOFT
 from lora_func.variants.randlora import RandLoRA
@@ -116,6 +118,7 @@ __all__ = [
     "LoRA",
     "LoRAXS",
     "MiSS",
+    "PEANuT",
     "PiSSA",
     "RandLoRA",
     "SHiRA",
@@ -154,6 +157,7 @@ _TABLE = (
     lora_xs.VARIANT,
     *miss.VARIANTS,
     oft.VARIANT,
+    peanut.VARIANT,
     pissa.VARIANT,
     psoft.VARIANT,
     randlora.VARIANT,

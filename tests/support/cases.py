@@ -12,6 +12,7 @@ TWICE = {"fit": lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2 * r)}
 FOUR_TIMES = {"fit": lambda d_in, d_out, r: (4 * d_in, 4 * d_out, r)}
 TALL = {"fit": lambda d_in, d_out, r: (d_in, 8 * d_out, r)}
 WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
+WIDER = {"fit": lambda d_in, d_out, r: (d_in + 3, d_out + 3, r)}
 WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
 WIDE_RANK_LESS = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, min(r, d_in, d_out))}
 EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
@@ -97,6 +98,15 @@ CASES = [
     Case("lora-bias", lambda r: lf.LoRA(r=r, alpha=3.0, bias=True), dead=A),
     Case("lora_xs", lambda r: lf.LoRAXS(r=r)),
     Case("lora-alpha", lambda r: lf.LoRA(r=r, alpha=3.0), dead=A),
+    # relu has a kink, as in DeFT, and needs some width to be alive
+    Case("peanut", lambda r: lf.PEANuT(r=r + 12, scaling=2.0), dead=A, detached=A, **WIDER),
+    Case(
+        "peanut-deep",
+        lambda r: lf.PEANuT(r=r + 12, depth=1, scaling=0.1),
+        dead=A | {*"ED"},
+        detached=A | {*"ED"},
+        **WIDER,
+    ),
     Case("psoft", lambda r: lf.PSOFT(r=r), **WIDE_RANK),
     Case("psoft-rotation", lambda r: lf.PSOFT(r=r, gains=False), **WIDE_RANK),
     Case("randlora", lambda r: lf.RandLoRA(r=r, alpha=1.0), dead=frozenset({"gamma"}), **WIDE),
