@@ -26,9 +26,8 @@ PACKAGE = ROOT / "lora_func"
 
 def built_in() -> list[lf.Variant]:
     """The variants of the library, without the template and without other packages."""
-    found = {v.name: v.init.__module__ for v in all_variants()}
     inside = re.compile(r"lora_func\.variants\.[a-z]\w*")
-    return [v for v in all_variants() if inside.fullmatch(found[v.name])]
+    return [v for v in all_variants() if inside.fullmatch(v.config.__module__)]
 
 
 def grouped() -> list[lf.Variant]:

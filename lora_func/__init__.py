@@ -6,7 +6,7 @@ The public names stand here. Each package below says in its docstring what belon
 """
 
 from lora_func import peft
-from lora_func.adapter import combine, partition, stack, summary, unstack
+from lora_func.adapter import combine, partition, project, stack, summary, unstack
 from lora_func.configs import (
     AdapterConfig,
     DropoutConfig,
@@ -38,6 +38,7 @@ from lora_func.variant import (
     PeftFormat,
     PeftLeaf,
     PrepareFn,
+    ProjectFn,
     SharedFn,
     Trial,
     Variant,
@@ -74,6 +75,7 @@ __all__ = [
     "PeftFormat",
     "PeftLeaf",
     "PrepareFn",
+    "ProjectFn",
     "RankConfig",
     "ScaledConfig",
     "SharedFn",
@@ -101,6 +103,7 @@ __all__ = [
     "merge",
     "partition",
     "peft",
+    "project",
     "save",
     "save_training_state",
     "skeleton",

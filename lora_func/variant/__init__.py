@@ -25,6 +25,7 @@ from lora_func.variant._protocols import (
     ObserveFn,
     ParametersFn,
     PrepareFn,
+    ProjectFn,
     SharedFn,
     WeightFn,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "PeftFormat",
     "PeftLeaf",
     "PrepareFn",
+    "ProjectFn",
     "SharedFn",
     "Trial",
     "Variant",

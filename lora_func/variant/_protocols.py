@@ -152,6 +152,17 @@ class NormFn(Protocol):
         """
 
 
+class ProjectFn(Protocol):
+    """Move the trained leaves of one site into their bounds."""
+
+    def __call__(self, params: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+        """Return the leaves that have bounds, inside of them; leading axes are batch axes.
+
+        Args:
+            params: The leaves of the site.
+        """
+
+
 class LowRankFn(Protocol):
     """Write the change of the weight as products of two factors."""
 

@@ -19,6 +19,7 @@ from lora_func.variant._protocols import (
     ObserveFn,
     ParametersFn,
     PrepareFn,
+    ProjectFn,
     SharedFn,
     WeightFn,
 )
@@ -97,6 +98,8 @@ class Variant(NamedTuple):
             exactly.
         neutral: Leaf -> its value at which it changes nothing, for a change that is linear in the
             trained leaves around that value; ``combine`` then adds the leaves.
+        project: Moves the trained leaves into their bounds, after a step of an optimizer; None for
+            a variant without bounds.
         peft: How PEFT stores the variant; several formats where PEFT has several.
         trials: Name -> settings with which examples and benchmarks try it.
         pads: True if zeros on the rank axes are exactly a smaller rank, and stay so in training;
@@ -127,6 +130,7 @@ class Variant(NamedTuple):
     delta_norm: NormFn | None = None
     low_rank: LowRankFn | None = None
     neutral: Mapping[str, float] | None = None
+    project: ProjectFn | None = None
     peft: tuple[PeftFormat, ...] = ()
     trials: Mapping[str, Trial] = {}
     pads: bool = False

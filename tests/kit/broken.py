@@ -153,6 +153,7 @@ WRONG_FORMAT = lf.PeftFormat(
 )
 
 FAULTS = {
+    "bounds_keep_what_is_inside_of_them": {"project": lambda params: {"B": params["B"] / 2}},
     "start_is_the_base": {"init": started_away},
     "weight_view_is_the_activation_view": {
         "weight": lambda W, params: lf.dense(W) + 2 * delta(params).to(lf.dense(W).dtype)

@@ -125,6 +125,7 @@ CASES = [
         fit=lambda d_in, d_out, r: (2 * d_in, 2 * d_out, 2),
     ),
     Case("oft", lambda r: lf.OFT(block_size=2), **TWICE),
+    Case("oft-share", lambda r: lf.OFT(block_size=2, share=True, coft=9), **TWICE),
     Case("oft-neumann", lambda r: lf.OFT(block_size=2, neumann_terms=5), **TWICE),
     Case("pissa", lambda r: lf.PiSSA(r=r)),
     Case("pissa-fast", lambda r: lf.PiSSA(r=r, niter=2, alpha=3.0)),

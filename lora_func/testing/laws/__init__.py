@@ -6,6 +6,7 @@ Files here are named by what their laws are about.
 
 from lora_func.testing.laws._claims import (
     apply_takes_a_stack,
+    bounds_keep_what_is_inside_of_them,
     change_is_linear_around_the_neutral_leaves,
     factors_multiply_to_the_change,
     leaves_have_the_axes_that_they_name,
@@ -87,6 +88,7 @@ LAWS = (
     norm_is_that_of_the_change,
     factors_multiply_to_the_change,
     change_is_linear_around_the_neutral_leaves,
+    bounds_keep_what_is_inside_of_them,
     no_matrix_of_the_size_of_the_weight_is_built,
     prepared_leaves_give_the_same,
     prepared_stack_gives_the_same,
@@ -103,6 +105,7 @@ __all__ = [
     "apply_takes_a_stack",
     "autocast_keeps_start_and_dtype",
     "bare_weight_is_a_layer_without_bias",
+    "bounds_keep_what_is_inside_of_them",
     "change_is_linear_around_the_neutral_leaves",
     "directional_derivative_is_the_gradient",
     "double_backward_is_the_derivative_of_the_gradient",

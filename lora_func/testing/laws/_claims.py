@@ -87,6 +87,27 @@ def change_is_linear_around_the_neutral_leaves(case: Case, draw: Draw) -> None:
     close(output_of(share), nothing + share * (all_ - nothing))
 
 
+@law(
+    applies=lambda case: case.variant.project,
+    hint="`project` changes what is in its bounds, or a constant, or mixes the adapters of a stack",
+)
+def bounds_keep_what_is_inside_of_them(case: Case, draw: Draw) -> None:
+    """``project(project(p)) == project(p)``; the start stays; a stack is bounded one by one."""
+    project = case.variant.project
+    assert project is not None
+    start, layer = draw(layers(case)), draw(layers(case, scrambled=True))
+    for leaf, tensor in project(start.leaves).items():
+        assert torch.equal(tensor, start.leaves[leaf]), f"{leaf} of the start is out of its bounds"
+    moved = project(layer.leaves)
+    assert moved.keys() <= layer.trained.keys()
+    again = project({**layer.leaves, **moved})
+    for leaf, tensor in moved.items():
+        close(again[leaf], tensor)
+    each, stacked = random_stack(layer, 3, draw(st.integers(0, 9)))
+    for leaf, tensor in project(stacked).items():
+        close(tensor, torch.stack([project(leaves)[leaf] for leaves in each]))
+
+
 class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the number of elements of the largest new tensor; views are not counted."""
 
