@@ -164,16 +164,8 @@ def forward_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
-def state_dict_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Return a module's hooks on state dicts by their number.
-
-    The public way to remove one is its handle, which an interrupted registration never returns.
-    """
-    return module._state_dict_hooks
-
-
 PARAMETERS, CHILDREN = "_parameters", "_modules"
-HOOKS, PRE_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+HOOKS, PRE_HOOKS, STATE_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks"
 """The attributes of a module that hold its parameters, children and hooks."""
 IS_PARAMETER = "_is_param"
 """The attribute by which ``isinstance`` takes a subclass of Tensor for an ``nn.Parameter``."""

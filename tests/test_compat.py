@@ -121,7 +121,8 @@ def test_the_dicts_of_a_module():
     assert "running_mean" in compat.buffers_of(module[1])
     module.register_forward_hook(lambda *_: None)
     assert len(compat.forward_hooks_of(module)) == 1
-    names = compat.PARAMETERS, compat.CHILDREN, compat.HOOKS, compat.PRE_HOOKS
+    names = [compat.PARAMETERS, compat.CHILDREN]
+    names += [compat.HOOKS, compat.PRE_HOOKS, compat.STATE_HOOKS]
     assert all(name in vars(module) for name in names)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_func.compat import children_of, parameters_of, state_dict_hooks_of, versions_kept
+from lora_func.compat import STATE_HOOKS, children_of, parameters_of, versions_kept
 from lora_func.export._parametrizations import Leaves, View, as_own, views_of
 from lora_func.modules import inner_model, is_spread, shared_parameters, whole
 from lora_func.runtime import Site, check_idle, check_single
@@ -77,7 +77,7 @@ class Attached:
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
         self._required_grad.clear()
-        hooks = state_dict_hooks_of(self.model)
+        hooks = vars(self.model)[STATE_HOOKS]  # an interrupted registration returns no handle
         for number in [number for number, hook in hooks.items() if hook is _clone_tied]:
             del hooks[number]
         self._removed = True
