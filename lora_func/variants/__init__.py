@@ -5,6 +5,7 @@ methods share belongs to ``numerics``. ``register`` adds a method from another p
 """
 
 from lora_func.variants import (
+    _registry,
     antipasto,
     bdlora,
     bitfit,
@@ -45,13 +46,7 @@ from lora_func.variants import (
     vera,
     waveft,
 )
-from lora_func.variants._registry import (
-    all_variants as all_variants,
-    by_config as by_config,
-    by_name as by_name,
-    register,
-    registered as registered,
-)
+from lora_func.variants._registry import register
 from lora_func.variants.antipasto import AntiPaSTO
 from lora_func.variants.bdlora import BDLoRA
 from lora_func.variants.bitfit import BitFit
@@ -174,6 +169,9 @@ _TABLE = (
     vera.VARIANT,
     waveft.VARIANT,
 )
+
+all_variants, registered = _registry.all_variants, _registry.registered
+by_config, by_name = _registry.by_config, _registry.by_name
 
 for _variant in _TABLE:
     register(_variant)

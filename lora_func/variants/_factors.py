@@ -1,6 +1,7 @@
 """The views of ``W' = W + up down``, for variants that compute one or both of the factors."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,45 +27,53 @@ def views_of(
     Returns:
         Fields of ``Variant``. The variant is written for PEFT as a LoRA.
     """
-    leaf = down if isinstance(down, str) else None
-
-    def make_down(params: Leaves) -> Tensor:
-        return params[down] if isinstance(down, str) else down(params)
-
-    def prepare(params: Leaves, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        made = {"up": up(params).to(dtype)}
-        return made if leaf else {**made, "down": make_down(params).to(dtype)}
-
-    def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
-        if "up" not in params:
-            params = prepared(prepare, params, W, x.dtype)
-        return add_low_rank(x, W, params[leaf or "down"], params["up"], rate=params.get(DROPOUT))
-
-    def low_rank(params: Leaves) -> list[tuple[Tensor, Tensor]]:
-        B = up(params)
-        return [(make_down(params).to(B.dtype), B)]
-
-    def weight(W: Weight, params: Leaves) -> Tensor:
-        W, ((A, B),) = dense(W), low_rank(params)
-        return W + (B @ A).to(W.dtype)
-
-    def delta_norm(params: Leaves, shape: tuple[int, int] | None) -> Tensor:
-        ((A, B),) = low_rank(params)
-        return low_rank_norm(A, B, B.new_ones(()))
-
-    def as_lora(params: Leaves) -> dict[str, Tensor]:
-        ((A, B),) = low_rank(params)
-        kept = {DROPOUT: params[DROPOUT]} if DROPOUT in params else {}
-        return {"A": A, "B": B, "_scale": A.new_ones(A.shape[:-2]), **kept}
-
+    views = _Views(down, up)
     return {
-        "prepare": prepare,
-        "apply": apply,
-        "casts": (leaf,) if leaf else (),
-        "weight": weight,
-        "delta_norm": delta_norm,
-        "low_rank": low_rank,
-        "peft": tuple(one._replace(convert=as_lora) for one in PEFT_FORMATS),
+        "prepare": views.prepare,
+        "apply": views.apply,
+        "casts": (down,) if isinstance(down, str) else (),
+        "weight": views.weight,
+        "delta_norm": views.delta_norm,
+        "low_rank": views.low_rank,
+        "peft": tuple(one._replace(convert=views.as_lora) for one in PEFT_FORMATS),
         "stacks": True,
         "products_only": True,
     }
+
+
+@dataclass(frozen=True)
+class _Views:
+    down: str | Callable[[Leaves], Tensor]
+    up: Callable[[Leaves], Tensor]
+
+    def prepare(
+        self, params: Leaves, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        made = {"up": self.up(params).to(dtype)}
+        if not isinstance(self.down, str):
+            made["down"] = self.down(params).to(dtype)
+        return made
+
+    def apply(self, W: Weight, params: Leaves, x: Tensor) -> Tensor:
+        if "up" not in params:
+            params = prepared(self.prepare, params, W, x.dtype)
+        down = params[self.down if isinstance(self.down, str) else "down"]
+        return add_low_rank(x, W, down, params["up"], rate=params.get(DROPOUT))
+
+    def low_rank(self, params: Leaves) -> list[tuple[Tensor, Tensor]]:
+        B = self.up(params)
+        A = params[self.down] if isinstance(self.down, str) else self.down(params)
+        return [(A.to(B.dtype), B)]
+
+    def weight(self, W: Weight, params: Leaves) -> Tensor:
+        W, ((A, B),) = dense(W), self.low_rank(params)
+        return W + (B @ A).to(W.dtype)
+
+    def delta_norm(self, params: Leaves, shape: tuple[int, int] | None) -> Tensor:
+        ((A, B),) = self.low_rank(params)
+        return low_rank_norm(A, B, B.new_ones(()))
+
+    def as_lora(self, params: Leaves) -> dict[str, Tensor]:
+        ((A, B),) = self.low_rank(params)
+        kept = {DROPOUT: params[DROPOUT]} if DROPOUT in params else {}
+        return {"A": A, "B": B, "_scale": A.new_ones(A.shape[:-2]), **kept}
