@@ -100,16 +100,12 @@ def rotation(params: Mapping[str, Tensor], d_in: int) -> Tensor:
     Returns:
         Shape (blocks, b, b), float32 or better.
     """
-    turn = _turn(params)
+    Q = at_least_float32(skew(params["R"]))
+    turn = _series(Q, params["_neumann"].shape[-1]) if "_neumann" in params else cayley(Q)
     return turn.expand(*turn.shape[:-3], d_in // turn.shape[-1], -1, -1)
 
 
-def _turn(params: Mapping[str, Tensor]) -> Tensor:
-    """R - I of the blocks that are stored."""
-    Q = at_least_float32(skew(params["R"]))
-    if "_neumann" not in params:
-        return cayley(Q)
-    terms = params["_neumann"].shape[-1]
+def _series(Q: Tensor, terms: int) -> Tensor:
     if terms == 2:
         return 2 * Q
     with without_autocast(Q):
@@ -231,7 +227,6 @@ _PEFT_NEUMANN = _PEFT._replace(
     means=lambda config, path: bool(config["use_cayley_neumann"]),
     holds=lambda leaves: "_neumann" in leaves,
 )
-_SIZES = {"r": 0, "oft_block_size": 32}
 
 VARIANT = Variant(
     name="oft",
@@ -245,12 +240,8 @@ VARIANT = Variant(
     leaves={"R": "d_in/b pairs | 1 pairs", "_neumann?": "terms", "_coft?": ""},
     peft=(_PEFT, _PEFT_NEUMANN),
     trials={
-        "oft": Trial(lr=3e-3, peft=("OFTConfig", {**_SIZES, "use_cayley_neumann": False})),
-        "oft-neumann": Trial(
-            {"neumann_terms": 5},
-            lr=3e-3,
-            peft=("OFTConfig", {**_SIZES, "use_cayley_neumann": True}),
-        ),
+        "oft": Trial(lr=3e-3, peft=("OFTConfig", {"use_cayley_neumann": False})),
+        "oft-neumann": Trial({"neumann_terms": 5}, lr=3e-3, peft=("OFTConfig", {})),
     },
     stacks=True,
 )
