@@ -11,6 +11,7 @@ from lora_func.variants import (
     bitfit,
     boft,
     c3a,
+    clover,
     deft,
     delora,
     dora,
@@ -18,6 +19,7 @@ from lora_func.variants import (
     eva,
     fourierft,
     full,
+    goft,
     gralora,
     hira,
     hra,
@@ -52,6 +54,7 @@ from lora_func.variants.bdlora import BDLoRA
 from lora_func.variants.bitfit import BitFit
 from lora_func.variants.boft import BOFT
 from lora_func.variants.c3a import C3A
+from lora_func.variants.clover import CLOVER
 from lora_func.variants.deft import DeFT
 from lora_func.variants.delora import DeLoRA
 from lora_func.variants.dora import DoRA
@@ -59,6 +62,7 @@ from lora_func.variants.ether_plus import ETHERPlus
 from lora_func.variants.eva import EVA
 from lora_func.variants.fourierft import FourierFT
 from lora_func.variants.full import Full
+from lora_func.variants.goft import GOFT
 from lora_func.variants.gralora import GraLoRA
 from lora_func.variants.hira import HiRA
 from lora_func.variants.hra import HRA
@@ -89,7 +93,9 @@ from lora_func.variants.waveft import WaveFT
 __all__ = [
     "BOFT",
     "C3A",
+    "CLOVER",
     "EVA",
+    "GOFT",
     "HRA",
     "IA3",
     "IA3FF",
@@ -134,6 +140,7 @@ _TABLE = (
     bitfit.VARIANT,
     boft.VARIANT,
     c3a.VARIANT,
+    clover.VARIANT,
     *deft.VARIANTS,
     delora.VARIANT,
     dora.VARIANT,
@@ -141,6 +148,7 @@ _TABLE = (
     eva.VARIANT,
     fourierft.VARIANT,
     full.VARIANT,
+    *goft.VARIANTS,
     gralora.VARIANT,
     hira.VARIANT,
     hra.VARIANT,

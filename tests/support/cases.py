@@ -49,6 +49,8 @@ CASES = [
         start="elsewhere",
         **FOUR_TIMES,
     ),
+    Case("clover", lambda r: lf.CLOVER(head_dim=2), **TWICE),
+    Case("clover-free", lambda r: lf.CLOVER(head_dim=2, core="free"), **TWICE),
     # relu has a kink, across which finite differences see both sides
     Case("deft", lambda r: lf.DeFT(r=r, alpha=3.0), detached=frozenset("P"), **TALL),
     Case("deft-qr", lambda r: lf.DeFT(r=r, method="qr"), **TALL),
@@ -68,6 +70,8 @@ CASES = [
     Case("full", lambda r: lf.Full(target_parameters=".*")),
     Case("full-weight", lambda r: lf.Full(target_parameters="weight")),
     Case("full-bias", lambda r: lf.Full(target_parameters="bias"), bias=True),
+    Case("goft", lambda r: lf.GOFT(), **FOUR_TIMES),
+    Case("qgoft", lambda r: lf.GOFT(quasi=True), **TWICE),
     Case("gralora", lambda r: lf.GraLoRA(r=r), dead=A, **TWICE),
     Case(
         "gralora-hybrid",
