@@ -38,6 +38,8 @@ from lora_func.variants import (
     psoft,
     randlora,
     road,
+    sablate,
+    sgain,
     shira,
     ssteer,
     ssvd,
@@ -80,6 +82,8 @@ from lora_func.variants.pissa import PiSSA
 from lora_func.variants.psoft import PSOFT
 from lora_func.variants.randlora import RandLoRA
 from lora_func.variants.road import ROAD
+from lora_func.variants.sablate import SAblate
+from lora_func.variants.sgain import SGain
 from lora_func.variants.shira import SHiRA
 from lora_func.variants.ssteer import SSteer
 from lora_func.variants.ssvd import SSVD
@@ -124,6 +128,8 @@ __all__ = [
     "PEANuT",
     "PiSSA",
     "RandLoRA",
+    "SAblate",
+    "SGain",
     "SHiRA",
     "SSteer",
     "TiedLoRA",
@@ -167,6 +173,8 @@ _TABLE = (
     psoft.VARIANT,
     randlora.VARIANT,
     *road.VARIANTS,
+    sablate.VARIANT,
+    *sgain.VARIANTS,
     shira.VARIANT,
     *ssteer.VARIANTS,
     ssvd.VARIANT,

@@ -2,6 +2,7 @@
 
     V: W' = W + U [(S + c δ) (R - I)ᵀ Vᵀ + c δ Vᵀ]        h -> (h R) (S + c δ),   h = x V
     U: W' = W + [U (R - I) (S + c δ) + U c δ] Vᵀ
+    both: h -> (h R_V) (S + c δ) R_Uᵀ
 
 R = (I - X)⁻¹ (I + X) is a block-diagonal rotation, X = c A / 2, A = a tanh((T - Tᵀ) / 2a), with
 a = 2 tan(max_angle / 2), T the trained strict upper triangle and c the steering coefficient.
@@ -44,9 +45,12 @@ from lora_func.numerics import (
     scaled,
     skew,
     svd,
+    without_autocast,
 )
 from lora_func.variant import Trial, Variant, prepared
 from lora_func.weights import Weight, dense
+
+_SIDES = {"V": ("rot_V",), "U": ("rot_U",), "both": ("rot_V", "rot_U"), "none": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,8 @@ class AntiPaSTO(RankConfig):
 
     Attributes:
         block_size: Side of a block of the rotation; divides r.
-        rotate: "V" (the layer's input side), "U" (its output side) or "none" (only δ).
+        rotate: "V" (the layer's input side), "U" (its output side), "both", which reaches every
+            change inside of a block to first order, or "none" (only δ).
         max_angle: Bound of the rotation in radians, between 0 and π; see the module for blocks
             larger than 2.
         coeff: The steering coefficient c, kept as the constant ``_coeff``: -1 reverses the rotation
@@ -75,7 +80,7 @@ class AntiPaSTO(RankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("rotate", self.rotate, ("V", "U", "none"))
+        check_choice("rotate", self.rotate, (*_SIDES,))
         check_choice("pool", self.pool, ("rms", "std"))
         check_number("coeff", self.coeff)
         check_number("max_angle", self.max_angle, above=0)
@@ -98,7 +103,7 @@ def init(
     """Choose r singular directions, in the order of S.
 
     Returns:
-        rot_V or rot_U (r / b, b (b - 1) / 2) and _max_angle () if there is a rotation; delta_s and
+        rot_V, rot_U or both (r / b, b (b - 1) / 2) and _max_angle () for a rotation; delta_s and
         _S (r,), _U (d_out, r), _Vh (r, d_in), _coeff ().
     """
     check_rank(cfg.r, W.shape)
@@ -108,14 +113,11 @@ def init(
         stats.check_enough(cfg.r)
         score = S * stats.along(Vh, center=cfg.pool == "std")
         chosen = score.topk(cfg.r).indices.sort().values
-    rotation, b = {}, cfg.block_size
-    if cfg.rotate != "none":
-        rotation = {
-            f"rot_{cfg.rotate}": torch.zeros(cfg.r // b, b * (b - 1) // 2),
-            "_max_angle": torch.tensor(cfg.max_angle, dtype=torch.float64),
-        }
+    b, bound = cfg.block_size, torch.tensor(cfg.max_angle, dtype=torch.float64)
+    rotations = {side: torch.zeros(cfg.r // b, b * (b - 1) // 2) for side in _SIDES[cfg.rotate]}
     return {
-        **rotation,
+        **rotations,
+        **({"_max_angle": bound} if rotations else {}),
         "delta_s": torch.zeros(cfg.r),
         "_U": U[:, chosen],
         "_S": S[chosen],
@@ -139,13 +141,19 @@ def rotation(params: Mapping[str, Tensor], rot: Tensor) -> Tensor:
 def _change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The change in singular coordinates: blocks (..., r / b, b, b), or middle (..., r)."""
     delta = at_least_float32(params["_coeff"][..., None] * params["delta_s"])
-    side = next((name for name in ("rot_V", "rot_U") if name in params), None)
-    if side is None:
+    E = {side: rotation(params, params[side]) for side in _SIDES["both"] if side in params}
+    if not E:
         return {"middle": delta}
-    E, S = rotation(params, params[side]), params["_S"].to(delta.dtype) + delta
-    delta, S = (t.reshape(*E.shape[:-2], -1) for t in (delta, S))
-    turned = E * S[..., None, :] if side == "rot_V" else S[..., None] * E.mT
-    return {"blocks": torch.diag_embed(delta) + turned}
+    shape = next(iter(E.values())).shape[:-2]
+    S = (params["_S"].to(delta.dtype) + delta).reshape(*shape, -1)
+    change, rows = torch.diag_embed(delta.reshape(*shape, -1)), torch.diag_embed(S)
+    if "rot_V" in E:
+        turned = E["rot_V"] * S[..., None, :]
+        change, rows = change + turned, rows + turned
+    if "rot_U" in E:
+        with without_autocast(rows):
+            change = change + rows @ E["rot_U"].mT
+    return {"blocks": change}
 
 
 def prepare(
@@ -205,6 +213,7 @@ VARIANT = Variant(
     trials={
         "antipasto": Trial({"r": 32}, lr=1e-2, data=True),
         "antipasto-U": Trial({"r": 32, "rotate": "U"}, lr=1e-2, data=True),
+        "antipasto-both": Trial({"r": 32, "rotate": "both"}, lr=1e-2, data=True),
         "antipasto-S": Trial({"r": 32, "rotate": "none"}, lr=1e-2, data=True),
     },
     stacks=True,

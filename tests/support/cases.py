@@ -26,7 +26,7 @@ CASES = [
             lambda r, b=basis: lf.AntiPaSTO(r=r, block_size=2, rotate=b),
             **TWICE,
         )
-        for basis in ("V", "U", "none")
+        for basis in ("V", "U", "both", "none")
     ),
     Case(
         "antipasto-data",
@@ -134,6 +134,22 @@ CASES = [
     Case("pissa", lambda r: lf.PiSSA(r=r)),
     Case("pissa-fast", lambda r: lf.PiSSA(r=r, niter=2, alpha=3.0)),
     *(Case(f"road{k}", lambda r, k=k: lf.ROAD(kind=k, group_size=2), **TWICE) for k in (1, 2, 4)),
+    *(
+        Case(
+            f"sablate-{basis}",
+            lambda r, b=basis: lf.SAblate(r=r, basis=b, coeff=0.7),
+            dead=frozenset({"C"}),
+            data="inputs" if basis != "svd" else None,
+            **WIDE_RANK,
+        )
+        for basis in ("svd", "corda")
+    ),
+    *(
+        Case(f"sgain-{side}", lambda r, s=side: lf.SGain(r=r, side=s, coeff=0.7))
+        for side in ("out", "in")
+    ),
+    Case("sgain-asvd", lambda r: lf.SGain(r=r, basis="asvd", suppress_only=True), data="inputs"),
+    Case("sgain-dplr", lambda r: lf.SGain(r=r, k=1), dead=A),
     Case("shira", lambda r: lf.SHiRA(r=r), **SPARSE),
     Case("shira-magnitude", lambda r: lf.SHiRA(r=r, mask="magnitude"), **SPARSE),
     Case("shira-snip", lambda r: lf.SHiRA(r=r, mask="snip"), data="gradients", **SPARSE),

@@ -50,7 +50,7 @@ def formula(p, W, b, c, bound):
 
 @given(
     data=st.data(),
-    rotate=st.sampled_from(["V", "U", "none"]),
+    rotate=st.sampled_from(["V", "U", "both", "none"]),
     b=st.sampled_from([2, 3]),
     coeff=st.sampled_from([1.0, -1.0, 0.7]),
 )
@@ -147,7 +147,7 @@ def test_a_whole_block_is_psoft_with_bounded_entries():
         ({"r": 6}, "r: got 6, expected a multiple of block_size=4"),
         ({"rank_pattern": {"q": 2}}, "r: got 2, expected a multiple of block_size=4"),
         ({"block_size": 1}, "block_size: got 1, expected an integer of at least 2"),
-        ({"rotate": "W"}, "rotate: got 'W', expected one of 'V', 'U', 'none'"),
+        ({"rotate": "W"}, "rotate: got 'W', expected one of 'V', 'U', 'both', 'none'"),
         ({"pool": "max"}, "pool: got 'max', expected one of 'rms', 'std'"),
         ({"max_angle": 0}, "max_angle: got 0, expected a finite number above 0"),
         ({"max_angle": 3.2}, r"max_angle: got 3\.2, expected less than π"),
