@@ -27,7 +27,7 @@ def test_of_full_rank_it_is_the_adapter(case):
     if case.bias is True:
         pytest.skip("wants a bias")
     params, batch = scramble(adapter(case, model, dtype=torch.float64)), batch_for(model)
-    if case.name in ("ssteer-ablate", "bitfit-new", "lora-bias"):
+    if case.name in ("ssteer-ablate", "bitfit-new", "lora-bias", "loreft"):
         with pytest.raises(TypeError, match="changes the bias, which a LoRA cannot"):
             lf.to_lora(params, model, 32)
         return

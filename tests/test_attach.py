@@ -32,7 +32,7 @@ def assert_same(before, model):
 
 def new_bias(case, family):
     """True if the case adds a bias to layers of this family that have none."""
-    return case.name in ("ssteer-ablate", "bitfit-new") and family == "qwen3"
+    return case.name in ("ssteer-ablate", "bitfit-new", "loreft") and family == "qwen3"
 
 
 @each_pair(lambda case: case.has_weight)

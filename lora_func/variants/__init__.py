@@ -31,6 +31,7 @@ from lora_func.variants import (
     lora,
     lora_bias,
     lora_xs,
+    loreft,
     miss,
     oft,
     peanut,
@@ -75,6 +76,7 @@ from lora_func.variants.loha import LoHa
 from lora_func.variants.lokr import LoKr
 from lora_func.variants.lora import LoRA
 from lora_func.variants.lora_xs import LoRAXS
+from lora_func.variants.loreft import LoReFT
 from lora_func.variants.miss import MiSS
 from lora_func.variants.oft import OFT
 from lora_func.variants.peanut import PEANuT
@@ -124,6 +126,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAXS",
+    "LoReFT",
     "MiSS",
     "PEANuT",
     "PiSSA",
@@ -166,6 +169,7 @@ _TABLE = (
     lora.VARIANT,
     lora_bias.VARIANT,
     lora_xs.VARIANT,
+    loreft.VARIANT,
     *miss.VARIANTS,
     oft.VARIANT,
     peanut.VARIANT,

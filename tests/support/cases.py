@@ -100,6 +100,7 @@ CASES = [
     ),
     Case("lora", lambda r: lf.LoRA(r=r), dead=A),
     Case("lora-bias", lambda r: lf.LoRA(r=r, alpha=3.0, bias=True), dead=A),
+    Case("loreft", lambda r: lf.LoReFT(r=r), **TALL),
     Case("lora_xs", lambda r: lf.LoRAXS(r=r)),
     Case("lora-alpha", lambda r: lf.LoRA(r=r, alpha=3.0), dead=A),
     # relu has a kink, as in DeFT, and needs some width to be alive
