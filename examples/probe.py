@@ -261,7 +261,8 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    columns = 1 + len(rows) // 24
+    figure, axes = plt.subplots(figsize=(7 + 2 * columns, 6), layout="constrained")
     colors = plt.colormaps["turbo"](torch.linspace(0, 1, len(rows)).tolist())
     for row, color in zip(rows, colors, strict=True):
         axes.plot(smoothed(row.losses), label=f"{row.name}, {row.after:.1%}", color=color)
@@ -270,7 +271,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         ylabel="training loss (mean of ten steps)",
         title=f"{title} Legend: held-out accuracy",
     )
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(rows) // 16, fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=columns, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
