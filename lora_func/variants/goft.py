@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lora_func.configs import LinearConfig
-from lora_func.numerics import along_rows, at_least_float32, rotate_blocks, without_autocast
+from lora_func.numerics import at_least_float32, rotate_blocks, without_autocast
 from lora_func.variant import Trial, Variant, prepared
 from lora_func.weights import Weight, dense, linear
 
@@ -110,23 +110,31 @@ def prepare(params: Leaves, shape: tuple[int, int], dtype: torch.dtype) -> dict[
     """Multiply the rotations of the fine levels in each block, and those of the coarse levels.
 
     Returns:
-        fine (d_in / b, b, b) and coarse (d_in / b, d_in / b), without the identity.
+        fine (d_in / b, b, b), with the gains, and coarse (d_in / b, d_in / b), both without the
+        identity.
     """
     d_in, b = shape[1], _block(shape[1])
-    blocks, finer, coarser = d_in // b, [], []
-    for one in _pairs(params):
-        own, levels = [], b // 2
-        while levels:
-            level, one = one[..., : blocks * levels], one[..., blocks * levels :]
-            own.append(level.reshape(*level.shape[:-1], blocks, levels))
-            levels //= 2
-        finer.append(torch.cat(own, -1).unsqueeze(-2) if own else one[..., :0])
-        coarser.append(one.unsqueeze(-2))
-    eye_b, eye = (torch.eye(n, dtype=one.dtype, device=one.device) for n in (b, blocks))
-    with without_autocast(one):
-        coarse = _tree(eye, coarser) - eye
-        fine = _tree(eye_b, finer) - eye_b
-    return {"coarse": coarse.to(dtype), **({"fine": fine.to(dtype)} if b > 1 else {})}
+    blocks, pairs = d_in // b, _pairs(params)
+    finer, coarser = zip(*(_split(one, blocks, b) for one in pairs), strict=True)
+    eye_b, eye = (torch.eye(n, dtype=pairs[0].dtype, device=pairs[0].device) for n in (b, blocks))
+    with without_autocast(eye):
+        coarse, fine = _tree(eye, coarser) - eye, _tree(eye_b, finer) - eye_b
+    fine = fine.expand(*pairs[0].shape[:-1], blocks, b, b)
+    if "gains" in params:
+        gains = params["gains"].to(fine.dtype).reshape(*fine.shape[:-2], 1, b)
+        fine = fine + (fine + eye_b) * gains
+    return {"coarse": coarse.to(dtype), "fine": fine.to(dtype)}
+
+
+def _split(pair: Tensor, blocks: int, b: int) -> tuple[Tensor, Tensor]:
+    """The levels inside of the blocks (..., blocks, 1, b - 1), and those above (..., 1, rest)."""
+    inside = [pair[..., None, :0].expand(*pair.shape[:-1], blocks, 0)]
+    levels = b // 2
+    while levels:
+        here, pair = pair[..., : blocks * levels], pair[..., blocks * levels :]
+        inside.append(here.reshape(*here.shape[:-1], blocks, levels))
+        levels //= 2
+    return torch.cat(inside, -1).unsqueeze(-2), pair.unsqueeze(-2)
 
 
 def _coarse(x: Tensor, coarse: Tensor) -> Tensor:
@@ -134,10 +142,6 @@ def _coarse(x: Tensor, coarse: Tensor) -> Tensor:
     b = x.shape[-1] // coarse.shape[-1]
     added = x[..., ::b] @ coarse.to(x.dtype)
     return x + F.pad(added.unsqueeze(-1), (0, b - 1)).flatten(-2)
-
-
-def _fine(x: Tensor, fine: Tensor | None) -> Tensor:
-    return x if fine is None else x + rotate_blocks(x, fine)
 
 
 def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
@@ -148,10 +152,8 @@ def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
     """
     if "coarse" not in params:
         params = prepared(prepare, params, W, x.dtype)
-    turned = _fine(_coarse(x, params["coarse"]), params.get("fine"))
-    if "gains" in params:
-        turned = turned + turned * along_rows(params["gains"]).to(x.dtype)
-    return linear(turned, W)
+    turned = _coarse(x, params["coarse"])
+    return linear(turned + rotate_blocks(turned, params["fine"]), W)
 
 
 def weight(W: Weight, params: Leaves) -> Tensor:
@@ -161,11 +163,10 @@ def weight(W: Weight, params: Leaves) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    dtype = torch.promote_types(W.dtype, torch.float32)
-    made = prepared(prepare, params, W, dtype)
-    scaled = W.to(dtype) * (1 + params["gains"].to(dtype)) if "gains" in params else W.to(dtype)
-    fine = made["fine"].mT if "fine" in made else None
-    return _coarse(_fine(scaled, fine), made["coarse"].mT).to(W.dtype)
+    rows = at_least_float32(W)
+    made = prepared(prepare, params, W, rows.dtype)
+    rows = rows + rotate_blocks(rows, made["fine"].mT)
+    return _coarse(rows, made["coarse"].mT).to(W.dtype)
 
 
 def orthogonality_penalty(params: Mapping[str, Tensor]) -> Tensor:
