@@ -97,6 +97,13 @@ TABLE = {
         peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
         (2, 4, 8, 8),
     ),
+    "conv1d loha": (conv(nn.Conv1d), peft.LoHaConfig(r=2, target_modules=ALL), (2, 4, 8)),
+    "conv2d loha": (conv(padding=1), peft.LoHaConfig(r=2, target_modules=ALL), (2, 4, 8, 8)),
+    "conv2d groups loha": (
+        conv(groups=2),
+        peft.LoHaConfig(r=2, target_modules=["0"]),
+        (2, 4, 8, 8),
+    ),
     "conv2d hra": (conv(padding=1), peft.HRAConfig(r=2, target_modules=ALL), (2, 4, 8, 8)),
     "conv2d oft": (
         conv(kernel=1),

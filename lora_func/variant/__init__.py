@@ -10,6 +10,7 @@ from lora_func.variant._peft_format import (
     CONVOLUTIONS,
     PeftFormat,
     PeftLeaf,
+    differs_in_padding,
     differs_on_convolution,
     matches_path,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Variant",
     "WeightFn",
     "check_variant",
+    "differs_in_padding",
     "differs_on_convolution",
     "fit",
     "matches_path",

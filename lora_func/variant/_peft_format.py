@@ -84,7 +84,12 @@ def differs_on_convolution(module: Any) -> str | None:
     """Say why PEFT's adapter of a convolution is no change of its weight; None if it is."""
     if module.groups > 1:
         return "its groups share PEFT's adapter, which mixes them"
-    if module.padding_mode != "zeros":
+    return differs_in_padding(module)
+
+
+def differs_in_padding(module: Any) -> str | None:
+    """Say why PEFT's adapter, which has the shape of the weight, is none; None if it is."""
+    if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"PEFT pads the adapter's input with zeros, the layer by {module.padding_mode!r}"
     return None
 

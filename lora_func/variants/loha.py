@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 
 from lora_func.configs import ScaledConfig
 from lora_func.numerics import kaiming_uniform, scaled
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, differs_in_padding
 from lora_func.variants._factors import views_of
 from lora_func.variants._low_rank import alpha_of, scale_like
 from lora_func.weights import Weight, dense
@@ -108,6 +108,8 @@ _PEFT = PeftFormat(
     patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
     defaults={"r": 8, "alpha": 8},
     ignored=("rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"),
+    layers=("Linear", "Conv1d", "Conv2d"),
+    refuses=differs_in_padding,
 )
 
 VARIANT = Variant(
