@@ -45,7 +45,7 @@ REACHED = {
     "pissa": 8.7,
     "psoft": 7.2,
     "qgoft": 28.7,
-    "randlora": 12.4,
+    "randlora": 12.8,
     "road1": 12.5,
     "road2": 12.5,
     "road4": 12.5,

@@ -112,22 +112,19 @@ def prepare(params: Leaves, shape: tuple[int, int], dtype: torch.dtype) -> dict[
     """Compute ``s λ``.
 
     Returns:
-        gains (1, r terms): a row, for the columns of a factor.
+        gains (r terms,).
     """
-    gains = scaled(params["lambda"], params["_scale"]).flatten(-2).unsqueeze(-2)
-    return {"gains": gains.to(dtype)}
+    return {"gains": scaled(params["lambda"], params["_scale"]).flatten(-2).to(dtype)}
 
 
 def _factors(params: Leaves, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The change as two factors of rank r terms: (r terms, d_in) and (d_out, r terms)."""
+    """The factors around the gains: (r terms, d_in) and (d_out, r terms)."""
     d_out, d_in = shape
-    A, B, gamma, gains = (params[leaf].to(dtype) for leaf in ("_A", "_B", "gamma", "gains"))
+    A, B, gamma = (params[leaf].to(dtype) for leaf in ("_A", "_B", "gamma"))
     terms, low = gamma.shape[-2:]
     rows = (A[..., :low] * gamma.unsqueeze(-3)).flatten(-3, -2)
     columns = B[..., : max(shape), :terms, :].flatten(-2)
-    if d_in <= d_out:
-        return rows, columns * gains
-    return columns.mT, rows.mT * gains
+    return (rows, columns) if d_in <= d_out else (columns.mT, rows.mT)
 
 
 def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
@@ -138,11 +135,11 @@ def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
     """
     if "gains" not in params:
         params = prepared(prepare, params, W, x.dtype)
-    down, up = _factors(params, W.shape, x.dtype)
+    (down, up), gains = _factors(params, W.shape, x.dtype), params["gains"].to(x.dtype)
     many = x.shape[:-1].numel() > min(W.shape) / 2
     if many and down.ndim == 2 and DROPOUT not in params:
-        return add_dense(x, W, up @ down)
-    return add_low_rank(x, W, down, up, rate=params.get(DROPOUT))
+        return add_dense(x, W, (up * gains) @ down)
+    return add_low_rank(x, W, down, up, gains, rate=params.get(DROPOUT))
 
 
 def weight(W: Weight, params: Leaves) -> Tensor:
@@ -152,8 +149,9 @@ def weight(W: Weight, params: Leaves) -> Tensor:
         Shape (d_out, d_in).
     """
     W, dtype = dense(W), params["lambda"].dtype
-    down, up = _factors(prepared(prepare, params, W, dtype), W.shape, dtype)
-    return W + (up @ down).to(W.dtype)
+    made = prepared(prepare, params, W, dtype)
+    down, up = _factors(made, W.shape, dtype)
+    return W + ((up * made["gains"]) @ down).to(W.dtype)
 
 
 def _peft_settings(leaves: Leaves, shape: tuple[int, int]) -> dict[str, Any]:
