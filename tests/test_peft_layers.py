@@ -104,6 +104,18 @@ TABLE = {
         peft.LoHaConfig(r=2, target_modules=["0"]),
         (2, 4, 8, 8),
     ),
+    "conv1d hira": (conv(nn.Conv1d), peft.HiraConfig(r=2, target_modules=ALL), (2, 4, 8)),
+    "conv3d hira": (conv(nn.Conv3d), peft.HiraConfig(r=2, target_modules=ALL), (2, 4, 6, 6, 6)),
+    "conv2d boft": (
+        conv(padding=1),
+        peft.BOFTConfig(boft_block_size=3, target_modules=ALL),
+        (2, 4, 8, 8),
+    ),
+    "a table and a layer hira": (
+        words,
+        peft.HiraConfig(r=2, target_modules=["0", "1"]),
+        "ids",
+    ),
     "conv2d hra": (conv(padding=1), peft.HRAConfig(r=2, target_modules=ALL), (2, 4, 8, 8)),
     "conv2d oft": (
         conv(kernel=1),
@@ -155,6 +167,7 @@ TABLE = {
         peft.LoraConfig(**LORA, target_modules=["a"], modules_to_save=["head"]),
         (5, 6),
     ),
+    "lokr of small layers": (Mlp, peft.LoKrConfig(r=8, target_modules=["a", "b"]), (5, 6)),
     "a rank above the sizes": (Mlp, peft.LoraConfig(r=12, target_modules=["a", "b"]), (5, 6)),
     "pissa": (
         Mlp,
@@ -207,6 +220,23 @@ def test_both_ways(name, tmp_path):
     if name != "pissa":  # which is written as a LoRA of twice the rank
         assert again.keys() == params.keys()
         assert all(torch.equal(again[key], leaf) for key, leaf in params.items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.DeftConfig(r=12, alpha=16, decomposition_method="qr", target_modules=["a", "b"]),
+        peft.TinyLoraConfig(r=12, u=5, target_modules=["a", "b"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_ranks_that_peft_lowers(config, tmp_path):
+    base, _, x = made("a rank above the sizes")
+    expected = saved_by_peft(base, config, tmp_path / "theirs")(x)
+    params = from_peft(tmp_path / "theirs", base)
+    close(lf.fcall(base, params, x), expected)
+    with pytest.raises(ValueError, match=r"b: r is 4, elsewhere [68]; PEFT has one"):
+        to_peft(params, tmp_path / "ours", model=base)
 
 
 @pytest.mark.parametrize("site", ["mha.in_proj_weight", "mha.out_proj"])

@@ -204,7 +204,8 @@ def _site(
                 raise ValueError(f"{site}: {error}") from None
             d_out, d_in = W.weight.shape[-2:]
             rank = found.settings(leaves, (d_out, d_in)).get("r")
-        if rank and own.get("r") and rank != own["r"]:
+        given = own.get("r")
+        if rank and given and rank != given and not (found.lowers_rank and rank < given):
             raise ValueError(f"{site}: has rank {rank}, the config says {own['r']}")
         return {str(Key(site, variant.name, leaf)): tensor for leaf, tensor in leaves.items()}
     raise ValueError(

@@ -82,7 +82,7 @@ CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 
 def differs_on_convolution(module: Any) -> str | None:
     """Say why PEFT's adapter of a convolution is no change of its weight; None if it is."""
-    if module.groups > 1:
+    if getattr(module, "groups", 1) > 1:
         return "its groups share PEFT's adapter, which mixes them"
     return differs_in_padding(module)
 
@@ -124,6 +124,7 @@ class PeftFormat(NamedTuple):
         listed: A setting that lists the sites of this format, if PEFT tells formats apart by it.
         lists: From the paths of its sites, the value of that setting; None to leave it out.
         shared: Leaf under ``*`` -> the full name of its tensor.
+        lowers_rank: True if PEFT takes a lower rank than the config's where a weight is small.
         numbered: The name of a tensor that PEFT stores with the number of its site, in the order of
             the model, in place of the path.
         lists_of: Names of tensors that PEFT stores as one for each index of their first axis:
@@ -151,6 +152,7 @@ class PeftFormat(NamedTuple):
     listed: str | None = None
     lists: Callable[[Sequence[str]], Any] = regular_expression
     shared: Mapping[str, str] = {}
+    lowers_rank: bool = False
     numbered: str | None = None
     lists_of: Collection[str] = ()
     copies: Collection[str] = ()

@@ -30,7 +30,14 @@ from torch import Generator, Tensor
 from lora_func.checks import check_count
 from lora_func.configs import LinearConfig
 from lora_func.numerics import add_scaled, along_rows, at_least_float32, cayley, rotate_blocks, skew
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
+from lora_func.variant import (
+    PeftFormat,
+    PeftLeaf,
+    Trial,
+    Variant,
+    differs_on_convolution,
+    prepared,
+)
 from lora_func.weights import Weight, bias_of, dense, linear
 
 
@@ -144,6 +151,26 @@ def _upper(R: Tensor, config: Mapping[str, Any]) -> Tensor:
     return (R - R.mT)[..., rows, columns] / 2
 
 
+_PEFT = PeftFormat(
+    "BOFT",
+    leaves={
+        "R": PeftLeaf("boft_R", skew, _upper),
+        "s": PeftLeaf("boft_s", lambda s: s[:, None], lambda s, _: s.flatten()),
+    },
+    settings=_peft_settings,
+    holds=lambda leaves: leaves["R"].shape[-3] == 1,
+    defaults={"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
+    ignored=("boft_dropout", "init_weights"),
+)
+_PEFT_CONVOLUTION = _PEFT._replace(
+    leaves={
+        **_PEFT.leaves,
+        "s": PeftLeaf("boft_s", lambda s: s[None], lambda s, _: s.flatten()),
+    },
+    layers=("Conv2d",),
+    refuses=differs_on_convolution,
+)
+
 VARIANT = Variant(
     name="boft",
     config=BOFT,
@@ -153,19 +180,7 @@ VARIANT = Variant(
     prepare=prepare,
     weight=weight,
     leaves={"R": "factors blocks upper", "s": "d_out"},
-    peft=(
-        PeftFormat(
-            "BOFT",
-            leaves={
-                "R": PeftLeaf("boft_R", skew, _upper),
-                "s": PeftLeaf("boft_s", lambda s: s[:, None], lambda s, _: s.flatten()),
-            },
-            settings=_peft_settings,
-            holds=lambda leaves: leaves["R"].shape[-3] == 1,
-            defaults={"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
-            ignored=("boft_dropout", "init_weights"),
-        ),
-    ),
+    peft=(_PEFT, _PEFT_CONVOLUTION),
     trials={
         "boft": Trial(lr=3e-3, peft=("BOFTConfig", {"boft_block_size": 4})),
         "boft-factors": Trial({"factors": 3}, lr=3e-3),

@@ -142,7 +142,7 @@ def _peft_settings(leaves: Leaves, method: str) -> dict[str, Any]:
 def _peft_constants(config: Mapping[str, Any], leaves: Leaves, W: Affine) -> dict[str, Tensor]:
     if "R" not in leaves:
         return {}
-    scale = config["alpha"] / config["r"] if config.get("alpha") else 1.0
+    scale = config["alpha"] / leaves["P"].shape[-1] if config.get("alpha") else 1.0
     return scale_like(scale, leaves["P"]) | dropout_leaf(config["deft_dropout"])
 
 
@@ -160,6 +160,7 @@ def _peft_formats(method: str) -> tuple[PeftFormat, ...]:
         holds=lambda leaves: "R" in leaves and "_P0" not in leaves,
         defaults={"r": 8, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
         ignored=("alpha", "init_scale", "init_weights"),
+        lowers_rank=True,
         layers=("Linear", "Conv1D"),
     )
     alone = whole._replace(leaves={"P": PeftLeaf("deft_P")}, holds=lambda leaves: "R" not in leaves)

@@ -31,7 +31,14 @@ from lora_func.numerics import (
     dropout_setting,
     kaiming_uniform,
 )
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
+from lora_func.variant import (
+    CONVOLUTIONS,
+    PeftFormat,
+    PeftLeaf,
+    Trial,
+    Variant,
+    differs_on_convolution,
+)
 from lora_func.weights import Weight, dense
 
 
@@ -87,6 +94,33 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
     return W + _change(W, params)
 
 
+_PEFT = PeftFormat(
+    "HIRA",
+    leaves={"A": PeftLeaf("hira_A"), "B": PeftLeaf("hira_B")},
+    settings=lambda leaves, shape: {
+        "r": leaves["A"].shape[-2],
+        **dropout_setting("hira_dropout", leaves),
+    },
+    constants=lambda config, leaves, W: dropout_leaf(config["hira_dropout"]),
+    patterns={"r": "rank_pattern"},
+    defaults={"r": 32, "hira_dropout": 0.0},
+    ignored=("init_weights",),
+    layers=("Linear", "Conv1D"),
+)
+_PEFT_EMBEDDING = _PEFT._replace(
+    leaves={"A": PeftLeaf("hira_embedding_A"), "B": PeftLeaf("hira_embedding_B")},
+    constants=lambda config, leaves, W: {},
+    layers=("Embedding",),
+)
+_PEFT_CONVOLUTION = _PEFT._replace(
+    leaves={
+        "A": PeftLeaf("hira_A", layout="kernel"),
+        "B": PeftLeaf("hira_B", layout="ones"),
+    },
+    layers=CONVOLUTIONS,
+    refuses=differs_on_convolution,
+)
+
 VARIANT = Variant(
     name="hira",
     config=HiRA,
@@ -96,21 +130,7 @@ VARIANT = Variant(
     casts=("A", "B"),
     weight=weight,
     leaves={"A": "r d_in", "B": "d_out r", "_dropout?": ""},
-    peft=(
-        PeftFormat(
-            "HIRA",
-            leaves={"A": PeftLeaf("hira_A"), "B": PeftLeaf("hira_B")},
-            settings=lambda leaves, shape: {
-                "r": leaves["A"].shape[-2],
-                **dropout_setting("hira_dropout", leaves),
-            },
-            constants=lambda config, leaves, W: dropout_leaf(config["hira_dropout"]),
-            patterns={"r": "rank_pattern"},
-            defaults={"r": 32, "hira_dropout": 0.0},
-            ignored=("init_weights",),
-            layers=("Linear", "Conv1D"),
-        ),
-    ),
+    peft=(_PEFT, _PEFT_EMBEDDING, _PEFT_CONVOLUTION),
     trials={"hira": Trial({"r": 16}, lr=1e-2, peft=("HiraConfig", {"r": 16}))},
     pads=True,
     stacks=True,

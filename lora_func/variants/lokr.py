@@ -2,11 +2,10 @@
 
     W' = W + s w1 ⊗ w2,   s = alpha / r;   w1 (a, p), w2 (b, q), d_out = a b, d_in = p q
 
-A factor is stored whole, or as a product of rank r where that is smaller.
-
 *Identity at the start because* the factor that ``zero`` names is zero, and so is the added term.
 
-Asks of W: ``linear`` only. x is viewed as p x q, and each side is multiplied by its factor.
+Asks of W: ``linear`` only. x is viewed as p x q, and each side is multiplied by its factor, which
+is stored whole, or as a product of rank r where that is smaller.
 
 References:
     LyCORIS, https://arxiv.org/abs/2309.14859, section 3.2. Code: KohakuBlueleaf/LyCORIS
@@ -186,7 +185,7 @@ def _norm(params: Leaves, name: str) -> Tensor:
 
 def _peft_settings(leaves: Leaves, shape: tuple[int, int]) -> dict[str, Any]:
     (a, p), ranks = _whole(leaves, "w1").shape[-2:], rank_of(VARIANT, leaves)
-    r = ranks or max(leaves["w2"].shape[-2:])  # at which PEFT keeps a factor whole
+    r = ranks or -(-max(leaves["w2"].shape[-2:]) // 2)  # from which on PEFT keeps a factor whole
     factors = frozenset(
         factor
         for factor in (-1, *range(1, max(a, p) + 1))
@@ -214,6 +213,7 @@ def _format(names: tuple[str, ...]) -> PeftFormat:
             *("rank_dropout", "module_dropout", "rank_dropout_scale"),
             *("init_weights", "use_effective_conv2d"),
         ),
+        lowers_rank=True,
     )
 
 

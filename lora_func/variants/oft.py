@@ -168,7 +168,7 @@ def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict
     settings |= {"block_share": blocks * size < shape[1], "coft": "_coft" in leaves}
     if "_coft" in leaves:
         settings["eps"] = leaves["_coft"].item()
-        if not torch.equal(project(leaves)["R"], leaves["R"]):
+        if not torch.allclose(project(leaves)["R"], leaves["R"]):
             raise ValueError("R: is out of the bound of coft, which PEFT enforces; use project")
     if "_neumann" not in leaves:
         return settings | {"use_cayley_neumann": False}

@@ -69,9 +69,11 @@ def init(W: Weight, cfg: PSOFT, generator: Generator, stats: None = None) -> dic
     return {**trained, **_factors(dense(W), cfg.r), **dropout_leaf(cfg.dropout)}
 
 
-def _factors(W: Tensor, r: int) -> dict[str, Tensor]:
+def _factors(W: Tensor, r: int, even: bool = False) -> dict[str, Tensor]:
+    """The factors; S in B, or shared out evenly as in PEFT's "pissa_init"."""
     U, S, Vh = svd(W, r)
-    return {"_A": Vh, "_B": U * S}
+    left = S.sqrt() if even else torch.ones_like(S)
+    return {"_A": left[:, None] * Vh, "_B": U * (S / left)}
 
 
 def _core(params: Mapping[str, Tensor]) -> Tensor:
@@ -94,7 +96,7 @@ def _up(params: Mapping[str, Tensor]) -> Tensor:
 def _peft_constants(
     config: Mapping[str, Any], leaves: Mapping[str, Tensor], W: Affine
 ) -> dict[str, Tensor]:
-    subspace = _factors(dense(W), config["r"])
+    subspace = _factors(dense(W), config["r"], config["ab_svd_init"] == "pissa_init")
     return {**subspace, **dropout_leaf(config["psoft_dropout"])}
 
 
@@ -107,9 +109,9 @@ def _format(*leaves: str) -> PeftFormat:
         leaves={leaf: PeftLeaf(f"psoft_R.{_NAMES[leaf]}") for leaf in leaves},
         constants=_peft_constants,
         holds=lambda leaves: False,
-        defaults={"r": 32, "psoft_dropout": 0.0},
+        defaults={"r": 32, "psoft_dropout": 0.0, "ab_svd_init": "psoft_init"},
         inert={
-            "ab_svd_init": (None, "psoft_init"),
+            "ab_svd_init": ("psoft_init", "pissa_init"),
             "psoft_svd": (None, "full"),
             "psoft_orth": (None, True),
             "use_cayley_neumann": (None, False),

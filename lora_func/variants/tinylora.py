@@ -114,6 +114,7 @@ _PEFT = PeftFormat(
     defaults={"r": 2, "u": 64, "tinylora_dropout": 0.0, "weight_tying": 0.0},
     inert={"weight_tying": (None, 0, 1)},
     ignored=("projection_seed", "save_projection", "init_v_bound", "init_weights"),
+    lowers_rank=True,
     shared={"v": "base_model.tinylora_v.0"},
     layers=("Linear", "Conv1D"),
 )

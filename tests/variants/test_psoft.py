@@ -100,3 +100,18 @@ def test_refuses():
         lf.PSOFT(r=1)
     with pytest.raises(TypeError, match="gains: got 1"):
         lf.PSOFT(gains=1)
+
+
+@pytest.mark.parametrize("start", ["psoft_init", "pissa_init"])
+def test_both_starts_of_peft_are_read(start, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 6))
+    theirs = nn.Sequential(nn.Linear(8, 6))
+    theirs.load_state_dict(model.state_dict())
+    config = peft.PsoftConfig(r=3, psoft_alpha=6, ab_svd_init=start, target_modules=["0"])
+    theirs = peft.get_peft_model(theirs, config)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    theirs.save_pretrained(tmp_path)
+    params, x = from_peft(tmp_path, model), torch.randn(4, 8)
+    torch.testing.assert_close(lf.fcall(model, params, x), theirs(x), atol=1e-5, rtol=1e-5)
