@@ -1,6 +1,6 @@
 """Trained coefficients at random places, which PEFT draws anew from a seed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,13 @@ from torch import Tensor
 
 from lora_func.checks import check_count, check_number
 from lora_func.configs import LinearConfig
+from lora_func.numerics import add_dense
+from lora_func.variant import PrepareFn, prepared
 from lora_func.variants._low_rank import alpha_of, scale_like
-from lora_func.weights import Affine, Weight
+from lora_func.weights import Affine, Weight, dense
+
+Leaves = Mapping[str, Tensor]
+Change = Callable[[Leaves, tuple[int, ...]], Tensor]
 
 LOCATED = {"spectrum": "n", "_indices": "2 n", "_seed": "", "_scale": ""}
 """The leaves."""
@@ -73,6 +78,37 @@ def _places(shape: tuple[int, int], n: int, seed: int) -> Tensor:
     """Rows and columns as PEFT draws them, shape (2, n)."""
     flat = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))[:n]
     return torch.stack([flat // shape[1], flat % shape[1]])
+
+
+def views_of(prepare: PrepareFn, change: Change) -> dict[str, Any]:
+    """Make the fields of a variant that builds its change from coefficients.
+
+    Args:
+        prepare: The variant's ``prepare``, which gives ``places`` among others.
+        change: From prepared leaves and the shape of the weight, the change.
+
+    Returns:
+        Fields of ``Variant``.
+    """
+
+    def apply(W: Weight, params: Leaves, x: Tensor) -> Tensor:
+        if "places" not in params:
+            params = prepared(prepare, params, W, x.dtype)
+        return add_dense(x, W, change(params, W.shape).to(x.dtype))
+
+    def weight(W: Weight, params: Leaves) -> Tensor:
+        W = dense(W)
+        return W + change(prepared(prepare, params, W, W.dtype), W.shape).to(W.dtype)
+
+    return {
+        "family": "spectral",
+        "prepare": prepare,
+        "apply": apply,
+        "weight": weight,
+        "neutral": {"spectrum": 0.0},
+        "stacks": True,
+        "builds_dense": True,
+    }
 
 
 def scattered(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor
 from lora_func.numerics import (
     DROPOUT,
     add_low_rank,
+    dropout,
     dropout_leaf,
     dropout_setting,
     low_rank_norm,
+    low_rank_term,
     scaled,
 )
 from lora_func.variant import CONVOLUTIONS, PeftFormat, PeftLeaf, differs_on_convolution, prepared
@@ -42,6 +44,24 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     if "up" not in params:
         params = prepared(prepare, params, W, x.dtype)
     return add_low_rank(x, W, params["A"], params["up"], rate=params.get(DROPOUT))
+
+
+def add_prepared(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Add a prepared change; with dropout a part of it that x is dropped for.
+
+    Args:
+        W: The frozen weight.
+        params: down (r, d_in) and up (d_out, r); with dropout also dropped_down and dropped_up.
+        x: Activations.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    y = add_low_rank(x, W, params["down"], params["up"])
+    if DROPOUT not in params:
+        return y
+    kept = dropout(x, params[DROPOUT])
+    return y + low_rank_term(kept, params["dropped_down"], params["dropped_up"])
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

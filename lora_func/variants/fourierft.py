@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_func.numerics import add_dense, at_least_float32, scaled
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
+from lora_func.numerics import at_least_float32, scaled
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
 from lora_func.variants import _locations as located
-from lora_func.weights import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,37 +76,11 @@ def _change(params: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     return change
 
 
-def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W + s Re(ifft2(S)))``.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    if "places" not in params:
-        params = prepared(prepare, params, W, x.dtype)
-    return add_dense(x, W, _change(params, W.shape).to(x.dtype))
-
-
-def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """Compute ``W + s Re(ifft2(S))``.
-
-    Returns:
-        Shape (d_out, d_in).
-    """
-    W = dense(W)
-    return W + _change(prepared(prepare, params, W, W.dtype), W.shape).to(W.dtype)
-
-
 VARIANT = Variant(
     name="fourierft",
     config=FourierFT,
-    family="spectral",
     init=located.init,
-    apply=apply,
-    prepare=prepare,
-    weight=weight,
     leaves=located.LOCATED,
-    neutral={"spectrum": 0.0},
     peft=(
         PeftFormat(
             "FOURIERFT",
@@ -127,6 +100,5 @@ VARIANT = Variant(
             peft=("FourierFTConfig", {"n_frequency": 1000, "init_weights": True}),
         )
     },
-    stacks=True,
-    builds_dense=True,
+    **located.views_of(prepare, _change),
 )

@@ -30,17 +30,14 @@ from lora_func.checks import check_count
 from lora_func.configs import LowRankConfig
 from lora_func.numerics import (
     DROPOUT,
-    add_low_rank,
-    dropout,
     dropout_leaf,
     low_rank_difference,
     low_rank_norm,
-    low_rank_term,
     scaled,
     svd,
 )
 from lora_func.variant import Trial, Variant, prepared
-from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, PEFT_LORA
+from lora_func.variants._low_rank import LOW_RANK, PEFT_FORMATS, PEFT_LORA, add_prepared
 from lora_func.weights import Affine, Weight, dense
 
 
@@ -126,11 +123,7 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """
     if "up" not in params:
         params = prepared(prepare, params, W, x.dtype)
-    y = add_low_rank(x, W, params["down"], params["up"])
-    if DROPOUT not in params:
-        return y
-    kept = dropout(x, params[DROPOUT])
-    return y + low_rank_term(kept, params["dropped_down"], params["dropped_up"])
+    return add_prepared(W, params, x)
 
 
 def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:

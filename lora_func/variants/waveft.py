@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lora_func.numerics import add_dense, at_least_float32, scaled
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
+from lora_func.numerics import at_least_float32, scaled
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant
 from lora_func.variants import _locations as located
-from lora_func.weights import Affine, Weight, dense
+from lora_func.weights import Affine, Weight
 
 WAVELETS = (
     *(f"db{i}" for i in range(1, 11)),
@@ -141,20 +141,20 @@ def prepare(
     """Find the patch of each coefficient.
 
     Returns:
-        rows and columns (n, taps), integers that add up to places in the flattened matrix; by_row
-        and by_column (n, taps), whose products are the values.
+        places of rows, and columns (n, taps), integers that add up to places in the flattened
+        matrix; by_row and by_column (n, taps), whose products are the values.
     """
     c = scaled(at_least_float32(params["spectrum"]).unsqueeze(-1), params["_scale"])
     if "_filter" not in params:
         row, column = params["_indices"].long().unsqueeze(-1).unbind(-3)
         ones = torch.ones_like(c)
-        return {"rows": row * shape[1], "columns": column, "by_row": c, "by_column": ones}
+        return {"places": row * shape[1], "columns": column, "by_row": c, "by_column": ones}
     low_pass = params["_filter"].to(c.dtype)
     row, column, low, right = _bands(params["_indices"], shape, low_pass.shape[-1])
     rows, by_row = _axis(row, right, low_pass, shape[0])
     columns, by_column = _axis(column, low, low_pass, shape[1])
     return {
-        "rows": rows * shape[1],
+        "places": rows * shape[1],
         "columns": columns,
         "by_row": by_row * c,
         "by_column": by_column,
@@ -163,30 +163,9 @@ def prepare(
 
 def _change(params: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     d_out, d_in = shape
-    places = params["rows"].unsqueeze(-1) + params["columns"].unsqueeze(-2)
+    places = params["places"].unsqueeze(-1) + params["columns"].unsqueeze(-2)
     values = params["by_row"].unsqueeze(-1) * params["by_column"].unsqueeze(-2)
     return located.scattered(values.flatten(-3), places.flatten(-3), (d_out, d_in))
-
-
-def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Compute ``linear(x, W + s L_out C L_inᵀ)``.
-
-    Returns:
-        Shape (..., d_out).
-    """
-    if "by_row" not in params:
-        params = prepared(prepare, params, W, x.dtype)
-    return add_dense(x, W, _change(params, W.shape).to(x.dtype))
-
-
-def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
-    """Compute ``W + s L_out C L_inᵀ``.
-
-    Returns:
-        Shape (d_out, d_in).
-    """
-    W = dense(W)
-    return W + _change(prepared(prepare, params, W, W.dtype), W.shape).to(W.dtype)
 
 
 def _peft_settings(leaves: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
@@ -215,13 +194,8 @@ def _peft_constants(
 VARIANT = Variant(
     name="waveft",
     config=WaveFT,
-    family="spectral",
     init=init,
-    apply=apply,
-    prepare=prepare,
-    weight=weight,
     leaves={**located.LOCATED, "_filter?": "taps"},
-    neutral={"spectrum": 0.0},
     peft=(
         PeftFormat(
             "WAVEFT",
@@ -242,6 +216,5 @@ VARIANT = Variant(
         ),
     ),
     trials={"waveft": Trial(lr=2e-3, peft=("WaveFTConfig", {}))},
-    stacks=True,
-    builds_dense=True,
+    **located.views_of(prepare, _change),
 )

@@ -112,5 +112,5 @@ def test_every_wavelet_is_that_of_peft(wavelet, shape):
     W = torch.zeros(shape[::-1])
     leaves = lf.variants.waveft.init(W, lf.WaveFT(n_frequency=30, wavelet=wavelet), None)
     leaves["spectrum"] = layer.waveft_spectrum["default"]
-    ours = lf.variants.waveft.weight(W, leaves)
+    ours = lf.variants.waveft.VARIANT.weight(W, leaves)
     torch.testing.assert_close(ours, layer.get_delta_weight("default"), atol=1e-5, rtol=1e-5)
