@@ -107,7 +107,7 @@ CASES = [
     Case("peanut", lambda r: lf.PEANuT(r=r + 12, scaling=2.0), dead=A, detached=A, **WIDER),
     Case(
         "peanut-deep",
-        lambda r: lf.PEANuT(r=r + 12, depth=1, scaling=0.1),
+        lambda r: lf.PEANuT(r=r + 12, depth=1, scaling=0.5),
         dead=A | {*"ED"},
         detached=A | {*"ED"},
         **WIDER,
