@@ -27,9 +27,14 @@ class RankConfig(LinearConfig):
 
     def __post_init__(self) -> None:
         _check_table("rank_pattern", self.rank_pattern)
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks:
             check_count("r", r)
         super().__post_init__()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank, and those of its exceptions."""
+        return self.r, *self.rank_pattern.values()
 
     def at(self, site: str) -> Self:
         """Return the config with the rank of one site."""

@@ -36,6 +36,7 @@ class Subject(ABC):
         start: The initial output, against the frozen layer's: "exact", "close" (8 eps of the
             coarser dtype of layer and leaves) or "elsewhere".
         jumps: True if the first optimizer step has a fixed size, whatever the learning rate.
+        refuses_zero_rows: True if ``init`` refuses weights with rows of zeros.
         batch_axes: The least and the largest number of axes that activations have before the last.
         detached: Leaves whose gradient leaves a part out by the formula, as DoRA's does that of the
             norm.
@@ -48,6 +49,7 @@ class Subject(ABC):
     fit: Fit = lambda d_in, d_out, r: (d_in, d_out, r)
     start: Start = "exact"
     jumps: bool = False
+    refuses_zero_rows: bool = False
     batch_axes: tuple[int, int] = (0, 3)
     detached: frozenset[str] = frozenset()
 

@@ -58,22 +58,43 @@ def directions(
     Raises:
         ValueError: If r is too large, or the basis needs data and has none, or too little.
     """
+    if cfg.basis == "svd":
+        return singular_triplets(W, cfg.r, cfg.pool, stats)
     check_rank(cfg.r, W.shape)
+    if stats is None:
+        raise ValueError(
+            f"basis={cfg.basis!r} needs calibration data; pass init(..., data=batches)"
+        )
+    stats.check_enough(cfg.r)
     matrix = at_least_float32(dense(W))
+    U, S, _ = svd(matrix.double() @ _root(stats, cfg.basis == "asvd"), cfg.r)
+    return U.to(matrix), S.to(matrix), None
+
+
+def singular_triplets(
+    W: Weight, r: int, pool: str, stats: Moments | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose r singular triplets: with data those with the largest S times activation.
+
+    Args:
+        W: The weight.
+        r: How many.
+        pool: The size of an activation, "rms" or "std".
+        stats: The moments of the inputs, if there is data.
+
+    Returns:
+        U (d_out, r), S (r,) and Vh (r, d_in), in the order of S.
+
+    Raises:
+        ValueError: If r is too large, or there is too little data.
+    """
+    check_rank(r, W.shape)
+    U, S, Vh = svd(dense(W), min(W.shape))
+    chosen = torch.arange(r, device=S.device)
     if stats is not None:
-        stats.check_enough(cfg.r)
-    if cfg.basis != "svd":
-        if stats is None:
-            raise ValueError(
-                f"basis={cfg.basis!r} needs calibration data; pass init(..., data=batches)"
-            )
-        U, S, _ = svd(matrix.double() @ _root(stats, cfg.basis == "asvd"), cfg.r)
-        return U.to(matrix), S.to(matrix), None
-    U, S, Vh = svd(matrix, min(W.shape))
-    chosen = torch.arange(cfg.r, device=S.device)
-    if stats is not None:
-        score = S * stats.along(Vh, center=cfg.pool == "std")
-        chosen = score.topk(cfg.r).indices.sort().values
+        stats.check_enough(r)
+        score = S * stats.along(Vh, center=pool == "std")
+        chosen = score.topk(r).indices.sort().values
     return U[:, chosen], S[chosen], Vh[chosen]
 
 

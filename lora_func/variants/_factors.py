@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_func.numerics import DROPOUT, add_low_rank, low_rank_norm
 from lora_func.variant import prepared
 from lora_func.variants._low_rank import PEFT_FORMATS
+from lora_func.variants.lora import from_factors
 from lora_func.weights import Weight, dense
 
 Leaves = Mapping[str, Tensor]
@@ -76,4 +77,4 @@ class _Views:
     def as_lora(self, params: Leaves) -> dict[str, Tensor]:
         ((A, B),) = self.low_rank(params)
         kept = {DROPOUT: params[DROPOUT]} if DROPOUT in params else {}
-        return {"A": A, "B": B, "_scale": A.new_ones(A.shape[:-2]), **kept}
+        return {**from_factors(A, B), **kept}

@@ -38,16 +38,15 @@ from lora_func.numerics import (
     add_low_rank,
     at_least_float32,
     cayley,
-    check_rank,
     join_moments,
     observe_moments,
     rotate_blocks,
     scaled,
     skew,
-    svd,
     without_autocast,
 )
 from lora_func.variant import Trial, Variant, prepared
+from lora_func.variants._bases import singular_triplets
 from lora_func.weights import Weight, dense
 
 _SIDES = {"V": ("rot_V",), "U": ("rot_U",), "both": ("rot_V", "rot_U"), "none": ()}
@@ -87,7 +86,7 @@ class AntiPaSTO(RankConfig):
         if self.max_angle >= math.pi:
             raise ValueError(f"max_angle: got {self.max_angle!r}, expected less than π")
         check_count("block_size", self.block_size, least=2)
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks:
             if self.rotate != "none" and r % self.block_size:
                 raise ValueError(f"r: got {r}, expected a multiple of block_size={self.block_size}")
 
@@ -106,22 +105,16 @@ def init(
         rot_V, rot_U or both (r / b, b (b - 1) / 2) and _max_angle () for a rotation; delta_s and
         _S (r,), _U (d_out, r), _Vh (r, d_in), _coeff ().
     """
-    check_rank(cfg.r, W.shape)
-    U, S, Vh = svd(dense(W), min(W.shape))
-    chosen = torch.arange(cfg.r, device=S.device)
-    if stats is not None:
-        stats.check_enough(cfg.r)
-        score = S * stats.along(Vh, center=cfg.pool == "std")
-        chosen = score.topk(cfg.r).indices.sort().values
+    U, S, Vh = singular_triplets(W, cfg.r, cfg.pool, stats)
     b, bound = cfg.block_size, torch.tensor(cfg.max_angle, dtype=torch.float64)
     rotations = {side: torch.zeros(cfg.r // b, b * (b - 1) // 2) for side in _SIDES[cfg.rotate]}
     return {
         **rotations,
         **({"_max_angle": bound} if rotations else {}),
         "delta_s": torch.zeros(cfg.r),
-        "_U": U[:, chosen],
-        "_S": S[chosen],
-        "_Vh": Vh[chosen],
+        "_U": U,
+        "_S": S,
+        "_Vh": Vh,
         "_coeff": torch.tensor(cfg.coeff, dtype=torch.float64),
     }
 

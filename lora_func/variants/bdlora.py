@@ -58,7 +58,7 @@ class BDLoRA(LowRankConfig):
         super().__post_init__()
         check_choice("side", self.side, ("A", "B"))
         check_count("blocks", self.blocks)
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks:
             if r % self.blocks:
                 raise ValueError(f"blocks: got {self.blocks}, which does not divide r = {r}")
 

@@ -46,7 +46,7 @@ class HRA(RankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks:
             if r % 2:
                 raise ValueError(f"r: got {r}, expected an even number; reflections come in pairs")
 

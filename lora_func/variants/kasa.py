@@ -34,6 +34,7 @@ from lora_func.numerics import (
 )
 from lora_func.variant import PeftLeaf, Trial, Variant, prepared
 from lora_func.variants._low_rank import LOW_RANK, PEFT_EXPORTS, PEFT_LORA, add_prepared
+from lora_func.variants.lora import from_factors
 from lora_func.weights import Affine, Weight, dense
 
 
@@ -208,9 +209,8 @@ _PEFT = PEFT_LORA._replace(
 
 def _as_lora(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same change as a LoRA of rank 2r, for PEFT."""
-    A, B = _factors(leaves)
     kept = {DROPOUT: leaves[DROPOUT]} if DROPOUT in leaves else {}
-    return {"A": A, "B": B, "_scale": A.new_ones(A.shape[:-2]), **kept}
+    return {**from_factors(*_factors(leaves)), **kept}
 
 
 VARIANT = Variant(

@@ -52,7 +52,7 @@ class PSOFT(DropoutConfig, RankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("gains", self.gains)
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks:
             if r < 2:
                 raise ValueError(f"r: got {r}, expected at least 2; one direction has no rotation")
 

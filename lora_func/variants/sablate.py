@@ -62,7 +62,7 @@ class SAblate(BasisConfig):
         check_number("coeff", self.coeff)
         if not 0 <= self.coeff <= 1:
             raise ValueError(f"coeff: got {self.coeff}, expected a number from 0 to 1")
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks:
             if self.k > r:
                 raise ValueError(f"k: got {self.k}, expected at most r = {r}")
 

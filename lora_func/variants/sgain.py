@@ -77,7 +77,7 @@ class SGain(BasisConfig):
                 f"basis: got {self.basis!r}, which has no directions of the inputs; take "
                 "basis='svd' for side='in' and for k"
             )
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks:
             if self.k > r:
                 raise ValueError(f"k: got {self.k}, expected at most r = {r}")
 
