@@ -34,7 +34,7 @@ TRIALS = trials()
 VIEWS = {
     *("_unsafe_view", "alias", "as_strided", "detach", "expand", "narrow", "permute", "select"),
     *("slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten"),
-    *("unsqueeze", "view"),
+    *("unsqueeze", "view", "view_as_complex", "view_as_real"),
 }
 NO_KERNELS = ("sym_", "prim", "promote_types", "is_", "_reshape_alias")
 

@@ -17,8 +17,9 @@ collect_ignore = ["mutants.py"]  # a script of nox, whose library is no dependen
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=20, **_COMMON)
-settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+settings.register_profile("ci", max_examples=20, derandomize=True, **_COMMON)
+settings.register_profile("deep", max_examples=100, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 # a third-party variant; the laws run on it like on the built-in ones
 lf.register(_template.VARIANT)

@@ -104,6 +104,18 @@ TABLE = {
         peft.LoHaConfig(r=2, target_modules=["0"]),
         (2, 4, 8, 8),
     ),
+    "conv1d lokr": (conv(nn.Conv1d), peft.LoKrConfig(r=1, target_modules=ALL), (2, 4, 8)),
+    "conv2d lokr": (conv(padding=1), peft.LoKrConfig(r=2, target_modules=ALL), (2, 4, 8, 8)),
+    "conv2d groups lokr": (
+        conv(groups=2),
+        peft.LoKrConfig(target_modules=["0"], decompose_both=True, r=1),
+        (2, 4, 8, 8),
+    ),
+    "conv2d lora bias": (
+        conv(padding=1),
+        peft.LoraConfig(r=2, target_modules=ALL, lora_bias=True),
+        (2, 4, 8, 8),
+    ),
     "conv1d hira": (conv(nn.Conv1d), peft.HiraConfig(r=2, target_modules=ALL), (2, 4, 8)),
     "conv3d hira": (conv(nn.Conv3d), peft.HiraConfig(r=2, target_modules=ALL), (2, 4, 6, 6, 6)),
     "conv2d boft": (
@@ -406,6 +418,15 @@ def test_convolutions_on_which_peft_computes_something_else(make, message, way, 
         params = lf.init(base, lf.LoRA(r=2, target_modules="0"))
         with pytest.raises(TypeError, match=message):
             to_peft(params, tmp_path, model=base)
+
+
+def test_a_whole_factor_of_lokr_on_conv1d_is_refused(tmp_path):
+    base = conv(nn.Conv1d)()
+    saved_by_peft(base, peft.LoKrConfig(r=8, target_modules=["0"]), tmp_path)
+    with pytest.raises(
+        lf.AdapterFileError, match=r"0: its tensors .*'lokr_w2'.* of a Conv1d layer"
+    ):
+        from_peft(tmp_path, base)
 
 
 def test_overlapping_patches_of_oft(tmp_path):

@@ -16,6 +16,7 @@ from lora_func.numerics._linalg import (
     low_rank_difference,
     low_rank_norm,
     svd,
+    two_divisors,
     without_autocast,
 )
 from lora_func.numerics._moments import (
@@ -65,6 +66,7 @@ __all__ = [
     "scaled",
     "skew",
     "svd",
+    "two_divisors",
     "weight_with_entries",
     "without_autocast",
 ]

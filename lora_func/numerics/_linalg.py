@@ -1,5 +1,6 @@
 """Norms, singular values and random starts."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -111,3 +112,20 @@ def svd(
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
     return Q @ U, S, Vh
+
+
+def two_divisors(d: int, factor: int | None) -> tuple[int, int]:
+    """Split a width into two divisors, as LyCORIS does.
+
+    Args:
+        d: The width.
+        factor: The first divisor, or its upper bound if it does not divide; None for √d.
+
+    Returns:
+        (m, n) with m n = d.
+    """
+    if factor is not None and d % factor == 0:
+        return factor, d // factor
+    largest = math.isqrt(d) if factor is None else min(factor, math.isqrt(d))
+    m = next(m for m in range(largest, 0, -1) if d % m == 0)
+    return m, d // m

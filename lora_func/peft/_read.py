@@ -203,7 +203,7 @@ def _site(
             except ValueError as error:
                 raise ValueError(f"{site}: {error}") from None
             d_out, d_in = W.weight.shape[-2:]
-            rank = found.settings(leaves, (d_out, d_in)).get("r")
+            rank = found.settings_at(leaves, (d_out, d_in), sizes).get("r")
         given = own.get("r")
         if rank and given and rank != given and not (found.lowers_rank and rank < given):
             raise ValueError(f"{site}: has rank {rank}, the config says {own['r']}")

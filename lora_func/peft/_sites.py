@@ -101,12 +101,12 @@ def _site(model: nn.Module, path: str, variant: Variant, leaves: Mapping[str, Te
             "makes a LoRA of any change of weights"
         )
     own = dict(leaves) if found.convert is None else found.convert(leaves)
-    d_out, d_in = weight_at(model, path).weight.shape[-2:]
+    (d_out, d_in), sizes = weight_at(model, path).weight.shape[-2:], sizes_of(model, path)
     try:
-        settings = found.settings(own, (d_out, d_in))
+        settings = found.settings_at(own, (d_out, d_in), sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return PeftSite(path, path, variant.name, found, own, settings, sizes_of(model, path))
+    return PeftSite(path, path, variant.name, found, own, settings, sizes)
 
 
 def _at_tied(

@@ -1,5 +1,6 @@
 """How PEFT names and stores the leaves of a variant: a field of the variant."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -124,6 +125,8 @@ class PeftFormat(NamedTuple):
         listed: A setting that lists the sites of this format, if PEFT tells formats apart by it.
         lists: From the paths of its sites, the value of that setting; None to leave it out.
         shared: Leaf under ``*`` -> the full name of its tensor.
+        by_channels: True if ``settings`` takes the channels of a convolution as the shape, without
+            the axes of the kernel.
         lowers_rank: True if PEFT takes a lower rank than the config's where a weight is small.
         numbered: The name of a tensor that PEFT stores with the number of its site, in the order of
             the model, in place of the path.
@@ -152,6 +155,7 @@ class PeftFormat(NamedTuple):
     listed: str | None = None
     lists: Callable[[Sequence[str]], Any] = regular_expression
     shared: Mapping[str, str] = {}
+    by_channels: bool = False
     lowers_rank: bool = False
     numbered: str | None = None
     lists_of: Collection[str] = ()
@@ -159,6 +163,24 @@ class PeftFormat(NamedTuple):
     layers: Collection[str] = ("Linear",)
     refuses: Callable[[Any], str | None] = lambda module: None
     whole: str | None = None
+
+    def settings_at(
+        self, leaves: Leaves, shape: tuple[int, int], sizes: Sequence[int]
+    ) -> dict[str, Any]:
+        """Return the part of the config for one site.
+
+        Args:
+            leaves: Its leaves.
+            shape: (d_out, d_in) of its weight.
+            sizes: Of the kernel of a convolution, or the number of matrices in a stack.
+
+        Returns:
+            The settings.
+        """
+        d_out, d_in = shape
+        return self.settings(
+            leaves, (d_out, d_in // math.prod(sizes) if self.by_channels else d_in)
+        )
 
 
 def matches_path(names: str | Sequence[str] | None, path: str) -> bool:

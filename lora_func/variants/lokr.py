@@ -13,11 +13,11 @@ References:
 
 Deviations: LyCORIS starts with w2 at zero, PEFT with w1; ``zero`` chooses. LyCORIS scales by 1 if
 both factors are whole, PEFT by alpha / r always; we follow PEFT. PEFT reads a ``decompose_factor``
-of 0 as 1; we refuse it. Its ``rank_dropout`` and ``module_dropout`` are read and left out, with the
+of 0 as 1; we refuse it. PEFT's product on a Conv1d with a whole w2 mixes the axes of the kernel; it
+is not read. Its ``rank_dropout`` and ``module_dropout`` are read and left out, with the
 numbers of evaluation. The usual rank is 8, the scale 1, the learning rate that of LoRA or higher.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -28,8 +28,16 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice, check_count, check_flag
 from lora_func.configs import ScaledConfig
-from lora_func.numerics import kaiming_uniform, scaled
-from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared, rank_of
+from lora_func.numerics import kaiming_uniform, scaled, two_divisors
+from lora_func.variant import (
+    PeftFormat,
+    PeftLeaf,
+    Trial,
+    Variant,
+    differs_in_padding,
+    prepared,
+    rank_of,
+)
 from lora_func.variants._low_rank import alpha_of, scale_like
 from lora_func.weights import Weight, dense, linear
 
@@ -67,23 +75,6 @@ class LoKr(ScaledConfig):
             check_count("decompose_factor", self.decompose_factor)
 
 
-def factorization(d: int, factor: int | None) -> tuple[int, int]:
-    """Split a width as LyCORIS does.
-
-    Args:
-        d: The width.
-        factor: The first divisor, or its upper bound if it does not divide; None for √d.
-
-    Returns:
-        (m, n) with m n = d.
-    """
-    if factor is not None and d % factor == 0:
-        return factor, d // factor
-    largest = math.isqrt(d) if factor is None else min(factor, math.isqrt(d))
-    m = next(m for m in range(largest, 0, -1) if d % m == 0)
-    return m, d // m
-
-
 def init(W: Weight, cfg: LoKr, generator: Generator, stats: None = None) -> dict[str, Tensor]:
     """Draw one factor, leave the other at zero.
 
@@ -92,7 +83,7 @@ def init(W: Weight, cfg: LoKr, generator: Generator, stats: None = None) -> dict
         _scale ().
     """
     d_out, d_in = W.shape
-    (a, b), (p, q) = (factorization(d, cfg.decompose_factor) for d in (d_out, d_in))
+    (a, b), (p, q) = (two_divisors(d, cfg.decompose_factor) for d in (d_out, d_in))
     splits_first = cfg.decompose_both and cfg.r < max(a, p) / 2
     first = _factor("w1", (a, p), cfg.r if splits_first else None, cfg.zero == "w1", generator)
     second_rank = cfg.r if cfg.r < max(b, q) / 2 else None
@@ -184,15 +175,15 @@ def _norm(params: Leaves, name: str) -> Tensor:
 
 
 def _peft_settings(leaves: Leaves, shape: tuple[int, int]) -> dict[str, Any]:
-    (a, p), ranks = _whole(leaves, "w1").shape[-2:], rank_of(VARIANT, leaves)
-    r = ranks or -(-max(leaves["w2"].shape[-2:]) // 2)  # from which on PEFT keeps a factor whole
+    (a, p), rank = _whole(leaves, "w1").shape[-2:], rank_of(VARIANT, leaves)
+    r = rank or -(-max(shape[0] // a, shape[1] // p) // 2)  # from where PEFT keeps w2 whole
     factors = frozenset(
         factor
         for factor in (-1, *range(1, max(a, p) + 1))
-        if [factorization(d, None if factor < 0 else factor)[0] for d in shape] == [a, p]
+        if [two_divisors(d, None if factor < 0 else factor)[0] for d in shape] == [a, p]
     )
     if not factors:
-        raise ValueError(f"its factor w1 is {a} x {p}, which no decompose_factor of PEFT gives")
+        raise ValueError(f"its w1 is {a} x {p}, which no decompose_factor of PEFT gives")
     both = frozenset({"w1_a" in leaves, "w1_a" in leaves or r >= max(a, p) / 2})
     settings = {"r": r, "decompose_factor": factors, "decompose_both": both}
     return settings | {"alpha": alpha_of(leaves["_scale"], r)}
@@ -201,7 +192,10 @@ def _peft_settings(leaves: Leaves, shape: tuple[int, int]) -> dict[str, Any]:
 def _format(names: tuple[str, ...]) -> PeftFormat:
     return PeftFormat(
         "LOKR",
-        leaves={name: PeftLeaf(f"lokr_{name}") for name in names},
+        leaves={
+            name: PeftLeaf(f"lokr_{name}", layout="kernel" if name == "w2" else "plain")
+            for name in names
+        },
         settings=_peft_settings,
         constants=lambda config, leaves, W: scale_like(
             config["alpha"] / config["r"], next(iter(leaves.values()))
@@ -214,6 +208,9 @@ def _format(names: tuple[str, ...]) -> PeftFormat:
             *("init_weights", "use_effective_conv2d"),
         ),
         lowers_rank=True,
+        by_channels=True,
+        layers=("Linear", "Conv2d") if "w2" in names else ("Linear", "Conv1d", "Conv2d"),
+        refuses=differs_in_padding,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_func.numerics import along_rows, scaled
-from lora_func.variant import PeftLeaf, Trial, Variant, prepared
+from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
 from lora_func.variants import _low_rank as low_rank
 from lora_func.variants import lora
 from lora_func.weights import Weight
@@ -71,6 +71,15 @@ def bias(b: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
     return added if b is None else b + added.to(b.dtype)
 
 
+def _format(of_lora: PeftFormat) -> PeftFormat:
+    return of_lora._replace(
+        leaves={**of_lora.leaves, "c": PeftLeaf("lora_B.bias")},
+        settings=lambda leaves, shape: {**of_lora.settings(leaves, shape), "lora_bias": True},
+        means=lambda config, path: bool(config.get("lora_bias")),
+        defaults={**of_lora.defaults, "lora_bias": False},
+    )
+
+
 VARIANT = Variant(
     name="lora_bias",
     config=lora.LoRA,
@@ -84,16 +93,8 @@ VARIANT = Variant(
     delta_norm=low_rank.delta_norm,
     leaves={**low_rank.LOW_RANK, "c": "d_out"},
     peft=(
-        low_rank.PEFT_LORA._replace(
-            leaves={**low_rank.PEFT_LORA.leaves, "c": PeftLeaf("lora_B.bias")},
-            settings=lambda leaves, shape: {
-                **low_rank.PEFT_LORA.settings(leaves, shape),
-                "lora_bias": True,
-            },
-            means=lambda config, path: bool(config.get("lora_bias")),
-            defaults={**low_rank.PEFT_LORA.defaults, "lora_bias": False},
-            layers=("Linear",),
-        ),
+        _format(low_rank.PEFT_LORA._replace(layers=("Linear",))),
+        _format(low_rank.PEFT_CONVOLUTION),
     ),
     trials={"lora-bias": Trial({"bias": True}, peft=("LoraConfig", {"r": 8, "lora_bias": True}))},
     pads=True,

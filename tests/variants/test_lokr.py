@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_func as lf
+from lora_func.numerics import two_divisors
 from lora_func.testing import Case, layers
-from lora_func.variants.lokr import factorization
 from tests.support.parity import assert_parity, same
 
 CASES = [
@@ -46,7 +46,7 @@ def test_formula(data, case):
     ],
 )
 def test_widths_are_split_as_in_lycoris(d, factor, expected):
-    assert factorization(d, factor) == expected
+    assert two_divisors(d, factor) == expected
     assert peft.tuners.lokr.layer.factorization(d, factor or -1) == expected
 
 
