@@ -346,7 +346,7 @@ def test_what_is_not_read(tmp_path):
         path.write_text(json.dumps(config))
 
     refused("is of kind 'XLORA'; the kinds that are read are", peft_type="XLORA")
-    refused("init_lora_weights is 'olora'; this setting", init_lora_weights="olora")
+    refused("init_lora_weights is 'corda'; this setting", init_lora_weights="corda")
     refused("use_new_forward is True; this setting of LORA is unknown", use_new_forward=True)
     refused("are not what the config says", use_dora=True)
     refused("lora_alpha is 4.0; this setting of HRA is unknown", peft_type="HRA")

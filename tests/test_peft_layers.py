@@ -186,6 +186,16 @@ TABLE = {
         peft.LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights="pissa"),
         (5, 6),
     ),
+    "olora": (
+        Mlp,
+        peft.LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights="olora"),
+        (5, 6),
+    ),
+    "mica": (
+        Mlp,
+        peft.LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights="mica"),
+        (5, 6),
+    ),
 }
 
 
@@ -229,7 +239,7 @@ def test_both_ways(name, tmp_path):
     to_peft(params, tmp_path / "ours", model=base)
     close(loaded(base, tmp_path / "ours")(x), expected)
     again = from_peft(tmp_path / "ours", base)
-    if name != "pissa":  # which is written as a LoRA of twice the rank
+    if name not in ("pissa", "olora"):  # which are written as a LoRA of twice the rank
         assert again.keys() == params.keys()
         assert all(torch.equal(again[key], leaf) for key, leaf in params.items())
 

@@ -7,6 +7,7 @@ in ``variants``.
 from lora_func.numerics._dense import add_dense
 from lora_func.numerics._dropout import DROPOUT, dropout, dropout_leaf, dropout_setting
 from lora_func.numerics._entries import add_entries, prepare_entries, weight_with_entries
+from lora_func.numerics._gradients import WeightGradient, join_gradients, observe_gradient
 from lora_func.numerics._linalg import (
     SINGULAR,
     along_rows,
@@ -41,6 +42,7 @@ __all__ = [
     "SINGULAR",
     "Components",
     "Moments",
+    "WeightGradient",
     "add_dense",
     "add_entries",
     "add_low_rank",
@@ -53,11 +55,13 @@ __all__ = [
     "dropout_leaf",
     "dropout_setting",
     "is_eager",
+    "join_gradients",
     "join_moments",
     "kaiming_uniform",
     "low_rank_difference",
     "low_rank_norm",
     "low_rank_term",
+    "observe_gradient",
     "observe_moments",
     "prepare_entries",
     "principal_components",

@@ -89,14 +89,14 @@ def _check_settings(path: Path, config: Mapping[str, Any], formats: Sequence[Pef
     inert: dict[str, tuple[Any, ...]] = {}
     known_settings: set[str | None] = {*_COMMON}
     for found in formats:
-        inert |= found.inert
+        inert |= {name: (*inert.get(name, ()), *ok) for name, ok in found.inert.items()}
         known_settings |= {*found.defaults, *found.inert, *found.ignored, *found.patterns.values()}
         known_settings |= {*found.patterns, found.listed}
     for name, harmless in inert.items():
         if config.get(name) not in harmless:
             raise AdapterFileError(
                 f"{path}: {name} is {config.get(name)!r}; this setting changes the base or the "
-                f"forward pass, and is read only at {harmless}"
+                f"forward pass, and is read only at {tuple(dict.fromkeys(harmless))}"
             )
     for found in formats:
         for name, default in found.defaults.items():

@@ -184,7 +184,7 @@ def _site(
     for variant, found in readable_formats(config["peft_type"]):
         names = {leaf.name for leaf in found.leaves.values()}
         fits = names == stored.keys() and layer in found.layers
-        if not fits or not found.means(config, peft_path):
+        if not (fits and found.accepts(config) and found.means(config, peft_path)):
             continue
         if why := found.refuses(module):
             raise ValueError(f"{site}: {why}; its adapter has no equal here")

@@ -120,7 +120,8 @@ class PeftFormat(NamedTuple):
             written; None for a format that is also read.
         patterns: Settings that may differ from site to site -> the setting with the exceptions.
         defaults: PEFT's values for settings that a config leaves out.
-        inert: Settings that are accepted only at these values, at which they change nothing.
+        inert: Settings that are accepted only at these values, at which they change nothing else
+            than this format says.
         ignored: Settings that change nothing in a checkpoint that is loaded, at any value.
         listed: A setting that lists the sites of this format, if PEFT tells formats apart by it.
         lists: From the paths of its sites, the value of that setting; None to leave it out.
@@ -163,6 +164,10 @@ class PeftFormat(NamedTuple):
     layers: Collection[str] = ("Linear",)
     refuses: Callable[[Any], str | None] = lambda module: None
     whole: str | None = None
+
+    def accepts(self, config: Settings) -> bool:
+        """True if the settings in ``inert`` have values that this format takes."""
+        return all(config.get(name) in values for name, values in self.inert.items())
 
     def settings_at(
         self, leaves: Leaves, shape: tuple[int, int], sizes: Sequence[int]

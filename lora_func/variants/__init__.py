@@ -12,6 +12,7 @@ from lora_func.variants import (
     boft,
     c3a,
     clover,
+    corda,
     deft,
     delora,
     dora,
@@ -30,10 +31,15 @@ from lora_func.variants import (
     lokr,
     lora,
     lora_bias,
+    lora_ga,
+    lora_one,
     lora_xs,
     loreft,
+    mica,
+    milora,
     miss,
     oft,
+    olora,
     peanut,
     pissa,
     psoft,
@@ -58,6 +64,7 @@ from lora_func.variants.bitfit import BitFit
 from lora_func.variants.boft import BOFT
 from lora_func.variants.c3a import C3A
 from lora_func.variants.clover import CLOVER
+from lora_func.variants.corda import CorDA
 from lora_func.variants.deft import DeFT
 from lora_func.variants.delora import DeLoRA
 from lora_func.variants.dora import DoRA
@@ -75,10 +82,15 @@ from lora_func.variants.kasa import KaSA
 from lora_func.variants.loha import LoHa
 from lora_func.variants.lokr import LoKr
 from lora_func.variants.lora import LoRA
+from lora_func.variants.lora_ga import LoRAGA
+from lora_func.variants.lora_one import LoRAOne
 from lora_func.variants.lora_xs import LoRAXS
 from lora_func.variants.loreft import LoReFT
+from lora_func.variants.mica import MiCA
+from lora_func.variants.milora import MiLoRA
 from lora_func.variants.miss import MiSS
 from lora_func.variants.oft import OFT
+from lora_func.variants.olora import OLoRA
 from lora_func.variants.peanut import PEANuT
 from lora_func.variants.pissa import PiSSA
 from lora_func.variants.psoft import PSOFT
@@ -113,6 +125,7 @@ __all__ = [
     "AntiPaSTO",
     "BDLoRA",
     "BitFit",
+    "CorDA",
     "DeFT",
     "DeLoRA",
     "DoRA",
@@ -125,9 +138,14 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAGA",
+    "LoRAOne",
     "LoRAXS",
     "LoReFT",
+    "MiCA",
+    "MiLoRA",
     "MiSS",
+    "OLoRA",
     "PEANuT",
     "PiSSA",
     "RandLoRA",
@@ -150,6 +168,7 @@ _TABLE = (
     boft.VARIANT,
     c3a.VARIANT,
     clover.VARIANT,
+    corda.VARIANT,
     *deft.VARIANTS,
     delora.VARIANT,
     dora.VARIANT,
@@ -168,10 +187,15 @@ _TABLE = (
     lokr.VARIANT,
     lora.VARIANT,
     lora_bias.VARIANT,
+    lora_ga.VARIANT,
+    *lora_one.VARIANTS,
     lora_xs.VARIANT,
     loreft.VARIANT,
+    mica.VARIANT,
+    milora.VARIANT,
     *miss.VARIANTS,
     oft.VARIANT,
+    olora.VARIANT,
     peanut.VARIANT,
     pissa.VARIANT,
     psoft.VARIANT,

@@ -153,7 +153,6 @@ PEFT_LORA = PeftFormat(
     constants=_peft_scale,
     means=lambda config, path: (
         not config.get("use_dora")
-        and config.get("init_lora_weights") != "pissa"
         and not config.get("lora_bias")
         and "kasa_config.beta" not in config
         and not any(is_block_diagonal(config, path, side) for side in "ab")
@@ -161,7 +160,7 @@ PEFT_LORA = PeftFormat(
     patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
     defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False},
     inert={
-        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
+        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
         "use_qalora": (None, False),
         "use_bdlora": (None, False),
         "alora_invocation_tokens": (None,),

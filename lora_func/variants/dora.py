@@ -156,9 +156,7 @@ def _peft(of_lora: PeftFormat, m: PeftLeaf) -> PeftFormat:
             "_w_sqnorm": squared_norms(W),
             **of_lora.constants(config, leaves, W),
         },
-        means=lambda config, path: (
-            bool(config.get("use_dora")) and config.get("init_lora_weights") != "pissa"
-        ),
+        means=lambda config, path: bool(config.get("use_dora")),
     )
 
 

@@ -2,7 +2,8 @@
 
     W' = W + s B A,   s = alpha / r   (rsLoRA: alpha / √r)
 
-*Identity at the start because* B = 0, so the added term is exactly zero in every dtype.
+*Identity at the start because* B = 0, so the added term is exactly zero in every dtype. The start
+"orthogonal" has ``B A = 0`` up to rounding, with two factors that are not zero.
 
 Asks of W: ``linear`` only.
 
@@ -11,18 +12,21 @@ References:
     microsoft/LoRA ``loralib/layers.py``, huggingface/peft ``tuners/lora/layer.py``.
 
 Deviations: the paper draws A from a Gaussian, both codes from ``kaiming_uniform_(a=√5)``; we follow
-the codes. An r above min(d_out, d_in) adds parameters and no rank, here as in PEFT.
-PEFT adds the term in the adapter's dtype, we in that of the activations. PEFT's default alpha of 8
-makes s shrink as r grows; here s stays 2.
+the codes, and ``start="gaussian"`` gives PEFT's Gaussian, of standard deviation 1 / r. An r above
+min(d_out, d_in) adds parameters and no rank, here as in PEFT. PEFT adds the term in the adapter's
+dtype, we in that of the activations. PEFT's default alpha of 8 makes s shrink as r grows; here s
+stays 2.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from lora_func.checks import check_flag
+from lora_func.checks import check_choice, check_flag
 from lora_func.configs import LowRankConfig
 from lora_func.numerics import dropout_leaf, kaiming_uniform
 from lora_func.variant import Trial, Variant
@@ -45,6 +49,10 @@ class LoRA(LowRankConfig):
     Attributes:
         rslora: Scale by ``alpha / √r`` instead of ``alpha / r``; with alpha None, s stays 2.
         bias: Whether the bias of the layer is trained too, as ``lora_bias`` says.
+        start: How A is drawn: "kaiming" is uniform, "gaussian" normal; B is zero. "orthogonal"
+            draws both, from orthogonal parts of the r dimensions between them; r must be even
+            (https://datta0.github.io/posts/rethink-lora-init/, huggingface/peft
+            ``orthogonal_init``).
 
     Example:
         >>> import torch, lora_func as lf
@@ -55,9 +63,14 @@ class LoRA(LowRankConfig):
 
     rslora: bool = False
     bias: bool = False
+    start: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("start", self.start, ("kaiming", "gaussian", "orthogonal"))
+        odd = [r for r in self.ranks if r % 2]
+        if self.start == "orthogonal" and odd:
+            raise ValueError(f"r: got {odd[0]}; the start 'orthogonal' needs an even r")
         check_flag("rslora", self.rslora)
         check_flag("bias", self.bias)
 
@@ -75,18 +88,29 @@ class LoRA(LowRankConfig):
 
 
 def init(W: Weight, cfg: LoRA, generator: Generator, stats: None = None) -> dict[str, Tensor]:
-    """Draw A, leave B at zero.
+    """Draw the factors.
 
     Returns:
         A (r, d_in), B (d_out, r), _scale (); _dropout () if there is any.
     """
-    d_out, d_in = W.shape
-    return {
-        "A": kaiming_uniform(cfg.r, d_in, generator),
-        "B": torch.zeros(d_out, cfg.r),
-        "_scale": torch.tensor(cfg.scale, dtype=torch.float64),
-        **dropout_leaf(cfg.dropout),
-    }
+    scale = torch.tensor(cfg.scale, dtype=torch.float64)
+    return {**_factors(W.shape, cfg, generator), "_scale": scale, **dropout_leaf(cfg.dropout)}
+
+
+def _factors(shape: Sequence[int], cfg: LoRA, generator: Generator) -> dict[str, Tensor]:
+    (d_out, d_in), r = shape, cfg.r
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float32)
+
+    if cfg.start == "orthogonal":
+        Q = torch.linalg.qr(normal(r, r).double()).Q
+        A = Q[::2].mT @ normal(r // 2, d_in).double()
+        B = normal(d_out, r // 2).double() @ Q[1::2]
+        return {"A": A / 10, "B": B / 10}
+    kaiming = cfg.start == "kaiming"
+    A = kaiming_uniform(r, d_in, generator) if kaiming else normal(r, d_in) / r
+    return {"A": A, "B": torch.zeros(d_out, r)}
 
 
 def from_factors(A: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -114,6 +138,8 @@ VARIANT = Variant(
     trials={
         "lora": Trial(peft=("LoraConfig", {"r": 8})),
         "rslora": Trial({"alpha": 8.0, "rslora": True}),
+        "lora-gaussian": Trial({"start": "gaussian"}),
+        "lora-orthogonal": Trial({"start": "orthogonal"}, start="close"),
     },
     pads=True,
     stacks=True,

@@ -25,7 +25,14 @@ from torch import Generator, Tensor
 
 from lora_func.checks import check_choice
 from lora_func.configs import Calibration, RankConfig
-from lora_func.numerics import add_entries, at_least_float32, prepare_entries, weight_with_entries
+from lora_func.numerics import (
+    WeightGradient,
+    add_entries,
+    join_gradients,
+    observe_gradient,
+    prepare_entries,
+    weight_with_entries,
+)
 from lora_func.variant import PeftFormat, PeftLeaf, Trial, Variant, prepared
 from lora_func.weights import Weight, dense
 
@@ -59,18 +66,8 @@ class SHiRA(RankConfig):
         return "gradients" if self.mask in ("gradient", "snip") else None
 
 
-def observe(cfg: SHiRA, acc: Tensor | None, x: Tensor, gy: Tensor) -> Tensor:
-    """Add up the gradient of the loss in W.
-
-    Returns:
-        Shape (d_out, d_in), float32 or better.
-    """
-    gradient = at_least_float32(gy).mT @ at_least_float32(x)
-    return gradient if acc is None else acc + gradient
-
-
 def init(
-    W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None = None
+    W: Weight, cfg: SHiRA, generator: Generator, stats: WeightGradient | None = None
 ) -> dict[str, Tensor]:
     """Choose the entries.
 
@@ -90,7 +87,9 @@ def init(
     return {"values": torch.zeros(nnz), "_indices": torch.stack([flat // d_in, flat % d_in])}
 
 
-def _chosen(W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None, nnz: int) -> Tensor:
+def _chosen(
+    W: Weight, cfg: SHiRA, generator: Generator, stats: WeightGradient | None, nnz: int
+) -> Tensor:
     if cfg.mask == "random":
         d_out, d_in = W.shape
         return torch.randperm(d_out * d_in, generator=generator)[:nnz]
@@ -100,9 +99,8 @@ def _chosen(W: Weight, cfg: SHiRA, generator: Generator, stats: Tensor | None, n
             raise ValueError(
                 f"mask={cfg.mask!r} needs calibration data; pass init(..., data=batches)"
             )
-        if not (stats.isfinite().all() and stats.any()):
-            raise ValueError("the gradient is zero, or holds NaN or infinity; pass other data")
-        score = score.to(stats) * stats
+        stats.check()
+        score = score.to(stats.total) * stats.total
     return score.flatten().abs().topk(nnz).indices
 
 
@@ -164,8 +162,8 @@ VARIANT = Variant(
     apply=apply,
     prepare=prepare,
     weight=weight,
-    observe=observe,
-    join=torch.add,
+    observe=observe_gradient,
+    join=join_gradients,
     delta_norm=delta_norm,
     leaves={"values": "nnz", "_indices": "2 nnz"},
     neutral={"values": 0.0},

@@ -15,6 +15,7 @@ WIDE = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r)}
 WIDER = {"fit": lambda d_in, d_out, r: (d_in + 3, d_out + 3, r)}
 WIDE_RANK = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, r + 1)}
 WIDE_RANK_LESS = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out + 1, min(r, d_in, d_out))}
+HALF_RANK = {"fit": lambda d_in, d_out, r: (2 * d_in, 2 * d_out, r)}
 EVEN = {"fit": lambda d_in, d_out, r: (d_in + 1, d_out, 2 * r)}
 LOCATED = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, min(r, 3))}
 SPARSE = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, 1)}
@@ -123,6 +124,28 @@ CASES = [
         fit=lambda d_in, d_out, r: (8 * d_in, 8 * d_out, 2 * r),
     ),
     Case("rslora", lambda r: lf.LoRA(r=r, alpha=5.0, rslora=True), dead=A),
+    Case("lora-gaussian", lambda r: lf.LoRA(r=r, start="gaussian"), dead=A),
+    Case("lora-orthogonal", lambda r: lf.LoRA(r=r, start="orthogonal"), start="close", **TWICE),
+    Case("olora", lambda r: lf.OLoRA(r=r, alpha=3.0)),
+    Case("milora", lambda r: lf.MiLoRA(r=r, alpha=3.0)),
+    Case("mica", lambda r: lf.MiCA(r=r, alpha=3.0)),
+    *(
+        Case(
+            f"corda-{method}",
+            lambda r, m=method: lf.CorDA(r=r, method=m, root=m == "kpm"),
+            data="inputs",
+        )
+        for method in ("ipm", "kpm")
+    ),
+    Case("lora-ga", lambda r: lf.LoRAGA(r=r), data="gradients", **HALF_RANK),
+    Case(
+        "lora-ga-peft",
+        lambda r: lf.LoRAGA(r=r, direction="random", scale_by="weight_svd", peft_compat=True),
+        data="gradients",
+        **HALF_RANK,
+    ),
+    Case("lora-one", lambda r: lf.LoRAOne(r=r), data="gradients", start="elsewhere"),
+    Case("lora-one-start", lambda r: lf.LoRAOne(r=r, step=False), data="gradients"),
     Case("miss", lambda r: lf.MiSS(r=r)),
     Case("miss-mini", lambda r: lf.MiSS(r=r, form="mini", mini_r=2), **TWICE),
     Case(

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.testing import Case, layers
-from lora_func.variants import pissa
+from lora_func.variants import _difference
 from tests.support.parity import relative
 
 PISSA = Case("pissa", lambda r: lf.PiSSA(r=r, alpha=3.0))
@@ -82,7 +82,7 @@ def test_parity_with_peft(bias, alpha):
     assert all(relative(a, b) < 1e-5 for a, b in zip(ours, expected, strict=True))
     theirs.base_model.model[0].merge()
     leaves = {key.rsplit(".", 1)[1]: leaf for key, leaf in params.items()}
-    assert relative(pissa.weight(base, leaves), layer.get_base_layer().weight) < 1e-5
+    assert relative(_difference.weight(base, leaves), layer.get_base_layer().weight) < 1e-5
 
 
 def test_the_base_is_not_written():
