@@ -20,7 +20,7 @@ from lora_func.errors import AdapterFileError, BusyModelError, FoldError, Unused
 from lora_func.export import AsLoRA, Attached, attach, merge, to_lora
 from lora_func.files import TrainingState, load, load_training_state, save, save_training_state
 from lora_func.graphs import Captured, capture
-from lora_func.initialization import init
+from lora_func.initialization import init, loftq, nf4
 from lora_func.runtime import adapted, fcall, skeleton
 from lora_func.sweep import clip_grad_norm, vcall
 from lora_func.targeting import Target, Targets, find_targets
@@ -100,7 +100,9 @@ __all__ = [
     "linear",
     "load",
     "load_training_state",
+    "loftq",
     "merge",
+    "nf4",
     "partition",
     "peft",
     "project",
