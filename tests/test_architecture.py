@@ -17,8 +17,9 @@ ROOT = PACKAGE.parent
 
 ORDER = (
     *("version", "errors", "checks", "compat", "modules", "configs", "weights", "variant"),
-    *("numerics", "variants", "adapter", "targeting", "runtime", "initialization", "sweep"),
+    *("numerics", "variants", "adapter", "rules", "targeting", "runtime", "initialization"),
     *(
+        "sweep",
         "graphs",
         "export",
         "files",

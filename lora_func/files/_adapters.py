@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import as_trainable, check_leaves, group
+from lora_func.adapter import as_trainable, check_leaves, group, parse
 from lora_func.configs import AdapterConfig
 from lora_func.errors import AdapterFileError
 from lora_func.files._container import Content, read, write
@@ -153,13 +153,19 @@ def facts_of(
 
 def _check_data(params: Mapping[str, Tensor], allow_nonfinite: bool) -> None:
     for key, leaf in params.items():
-        if leaf.is_meta or not leaf.numel():
+        if leaf.is_meta or not (leaf.numel() or _has_rank_0(key, leaf)):
             raise ValueError(f"{key}: has no data, shape {tuple(leaf.shape)} on {leaf.device}")
         wide = leaf if leaf.element_size() > 1 else leaf.float()
         if not allow_nonfinite and not wide.isfinite().all():
             raise ValueError(
                 f"{key}: holds NaN or infinity; pass allow_nonfinite=True to save it all the same"
             )
+
+
+def _has_rank_0(key: str, leaf: Tensor) -> bool:
+    """True for a leaf without data because its site has the rank 0."""
+    _, name, own = parse(key)
+    return any(leaf.shape[axis] == 0 for axis in by_name(name).rank_axes.get(own, ()))
 
 
 def _check(params: Mapping[str, Tensor], model: nn.Module | None) -> None:

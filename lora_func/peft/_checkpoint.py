@@ -152,7 +152,7 @@ def read_tensors(folder: Path, allow_nonfinite: bool) -> dict[str, Tensor]:
     if not tensors:
         raise AdapterFileError(f"{path}: holds no tensor")
     for key, tensor in tensors.items():
-        if not tensor.numel():
+        if not any(tensor.shape) and tensor.ndim:
             raise AdapterFileError(
                 f"{path}: {key} is empty, shape {tuple(tensor.shape)}; the file is damaged, or was "
                 "saved from a sharded model without gathering it"

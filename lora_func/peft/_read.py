@@ -205,7 +205,12 @@ def _site(
             d_out, d_in = W.weight.shape[-2:]
             rank = found.settings_at(leaves, (d_out, d_in), sizes).get("r")
         given = own.get("r")
-        if rank and given and rank != given and not (found.lowers_rank and rank < given):
+        if (
+            rank is not None
+            and given
+            and rank != given
+            and not (found.lowers_rank and rank < given)
+        ):
             raise ValueError(f"{site}: has rank {rank}, the config says {own['r']}")
         return {str(Key(site, variant.name, leaf)): tensor for leaf, tensor in leaves.items()}
     raise ValueError(

@@ -6,6 +6,7 @@ methods share belongs to ``numerics``. ``register`` adds a method from another p
 
 from lora_func.variants import (
     _registry,
+    adalora,
     antipasto,
     bdlora,
     bitfit,
@@ -58,6 +59,7 @@ from lora_func.variants import (
     waveft,
 )
 from lora_func.variants._registry import register
+from lora_func.variants.adalora import AdaLoRA
 from lora_func.variants.antipasto import AntiPaSTO
 from lora_func.variants.bdlora import BDLoRA
 from lora_func.variants.bitfit import BitFit
@@ -122,6 +124,7 @@ __all__ = [
     "ROAD",
     "SSVD",
     "SVFT",
+    "AdaLoRA",
     "AntiPaSTO",
     "BDLoRA",
     "BitFit",
@@ -162,6 +165,7 @@ __all__ = [
 ]
 
 _TABLE = (
+    adalora.VARIANT,
     antipasto.VARIANT,
     *bdlora.VARIANTS,
     bitfit.VARIANT,

@@ -92,7 +92,7 @@ def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(params["A"], scaled(params["B"], params["_scale"]))]
 
 
-def alpha_of(scale: Tensor, divisor: int) -> float:
+def alpha_of(scale: Tensor, divisor: float) -> float:
     """Return PEFT's alpha: the number that divided by another gives the scale to the last bit.
 
     Raises:

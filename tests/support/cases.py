@@ -21,6 +21,7 @@ LOCATED = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, min(r, 3))}
 SPARSE = {"fit": lambda d_in, d_out, r: (d_in + 2, d_out + 2, 1)}
 
 CASES = [
+    Case("adalora", lambda r: lf.AdaLoRA(r=r), dead=frozenset("AB")),
     *(
         Case(
             f"antipasto-{basis}",

@@ -1,0 +1,113 @@
+"""The leaves that rules read and write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_func.adapter import group
+from lora_func.variant import Params
+from lora_func.variants import by_name
+
+GradientRule: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Params]
+"""From an adapter and its gradients, the gradients that an optimizer shall see."""
+
+
+class Pair(NamedTuple):
+    """The factors of a site, whose product changes its weight.
+
+    Attributes:
+        A: The key of A (..., r, d_in).
+        B: The key of B (..., d_out, r).
+        scale: The key of the scale (...).
+    """
+
+    A: str
+    B: str
+    scale: str
+
+    def factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, B and the scale (..., 1, 1), detached, in float32 or better."""
+        A, B = (wide(params[key]) for key in self[:2])
+        return A, B, params[self.scale].detach().to(A)[..., None, None]
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return a tensor detached, in float32 or wider."""
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+
+
+def pairs_of(params: Mapping[str, Tensor]) -> list[Pair]:
+    """Find the trained factors of an adapter.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        KeyError: If a key is malformed or names no variant.
+        ValueError: If there are none.
+    """
+    found = []
+    for (_, name), keys in group(params).items():
+        axes = by_name(name).leaves
+        is_pair = (axes.get("A"), axes.get("B")) == ("r d_in", "d_out r")
+        if is_pair and "_scale" in keys:
+            found.append(Pair(keys["A"], keys["B"], keys["_scale"]))
+    if not found:
+        raise ValueError(
+            "params: no site has trained factors A and B and a scale; this rule is for LoRA and "
+            "variants that differ from it in their start"
+        )
+    return found
+
+
+def gradients(params: Mapping[str, Tensor]) -> Params:
+    """Return the gradients that a backward pass left at the leaves: key -> gradient."""
+    return {key: leaf.grad for key, leaf in params.items() if leaf.grad is not None}
+
+
+def assign(params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
+    """Put gradients at the leaves of an adapter; a leaf without one gets None.
+
+    Raises:
+        KeyError: If there is a gradient for a key that the adapter lacks.
+    """
+    if unknown := grads.keys() - params.keys():
+        raise KeyError(f"grads: {sorted(unknown)[0]!r} is no key of the adapter")
+    for key, leaf in params.items():
+        leaf.grad = grads[key].to(leaf) if key in grads else None
+
+
+def per_member(rules: Sequence[GradientRule | None]) -> GradientRule:
+    """Make one rule for a stack, whose members follow rules of their own.
+
+    Args:
+        rules: The rule of each of the K members; None leaves its gradients as they are.
+
+    Returns:
+        A rule for a stack of K adapters. A leaf without a gradient under its member's rule gets
+        zeros.
+
+    Example:
+        >>> import torch, lora_func as lf
+        >>> from lora_func import rules
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.randn(5, 4)
+        >>> stacked = lf.stack([lf.init(model, lf.LoRA(r=2), seed=s) for s in range(2)])
+        >>> lf.vcall(model, stacked, x, loss_fn=lambda y, _: y.square().sum()).sum().backward()
+        >>> rule = rules.per_member([None, rules.riemannian])
+        >>> rules.assign(stacked, rule(stacked, rules.gradients(stacked)))
+    """
+
+    def rule(params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Params:
+        results = []
+        for i, own in enumerate(rules):
+            member = {key: leaf[i] for key, leaf in grads.items()}
+            at = {key: leaf[i] for key, leaf in params.items()}
+            results.append(member if own is None else own(at, member))
+        return {
+            key: torch.stack([found.get(key, torch.zeros_like(leaf[0])) for found in results])
+            for key, leaf in grads.items()
+        }
+
+    return rule
