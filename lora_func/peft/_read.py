@@ -26,6 +26,7 @@ from lora_func.peft._formats import (
 from lora_func.peft._numbered import with_paths
 from lora_func.peft._promises import check_promises
 from lora_func.peft._tied import mirrored_once
+from lora_func.peft._tokens import KIND, read_tokens
 from lora_func.peft._whole import FULL, check_no_buffer, tied_once, whole_parameters
 from lora_func.runtime import devices_of, layout_of
 from lora_func.variant import Params
@@ -64,7 +65,9 @@ def from_peft(
         names = _names(model, at_paths)
         numbered = [found for _, found in formats]
         tensors = with_paths(model, tensors, numbered, names.to_model)
-        adapted: set[str] = set()
+        rows, paths = read_tokens(model, config, tensors, names.to_model, PREFIX)
+        params |= rows
+        adapted = paths if config["peft_type"] == KIND else set()
         modules = {path for path, _ in model.named_modules()}
         at = by_module(tensors, config["peft_type"], lambda path: names.to_model(path) in modules)
         for stored in at:

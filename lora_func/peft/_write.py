@@ -18,6 +18,7 @@ from lora_func.peft._formats import CONFIG, PREFIX, WEIGHTS, readable_formats
 from lora_func.peft._numbered import with_numbers
 from lora_func.peft._sites import PeftSite, peft_sites
 from lora_func.peft._task import TASKS, hidden_by_head, task_of
+from lora_func.peft._tokens import settings_of, take_tokens, tensors_of
 from lora_func.peft._trained import Trained, check_ambiguous, trained_parameters
 from lora_func.runtime import check_single
 
@@ -62,13 +63,15 @@ def to_peft(
     model = inner_model(model)
     check_single(params, model)
     leaves = {key: leaf.detach().cpu() for key, leaf in params.items()}
+    leaves, tokens = take_tokens(model, leaves)
     sites, whole = peft_sites(model, leaves)
     stems = {site.module: site.stem for site in sites}
     task = _task(model, task_type, [*stems])
     if not sites and all(hidden_by_head(task, [path]) for path in whole):
         task = None  # a head alone is what LN_TUNING names
     trained = trained_parameters(model, whole, stems, _kind(sites), task)
-    config = _config(model, sites, trained) | {
+    config = _config(model, sites, trained) if leaves or not tokens else {}
+    config |= settings_of(tokens, config) | {
         "base_model_name_or_path": base_model_name,
         "task_type": task,
     }
@@ -86,6 +89,7 @@ def to_peft(
         for leaf, name in site.format.shared.items()
     }
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in trained.tensors.items()}
+    tensors |= {f"{PREFIX}{name}": rows for name, rows in tensors_of(tokens, config).items()}
     _write(Path(folder), tensors, _nested(config))
 
 

@@ -54,6 +54,7 @@ from lora_func.variants import (
     svft,
     tied_lora,
     tinylora,
+    tokens,
     vblora,
     vera,
     waveft,
@@ -106,6 +107,7 @@ from lora_func.variants.ssvd import SSVD
 from lora_func.variants.svft import SVFT
 from lora_func.variants.tied_lora import TiedLoRA
 from lora_func.variants.tinylora import TinyLoRA
+from lora_func.variants.tokens import TrainableTokens
 from lora_func.variants.vblora import VBLoRA
 from lora_func.variants.vera import VeRA
 from lora_func.variants.waveft import WaveFT
@@ -158,6 +160,7 @@ __all__ = [
     "SSteer",
     "TiedLoRA",
     "TinyLoRA",
+    "TrainableTokens",
     "VBLoRA",
     "VeRA",
     "WaveFT",
@@ -213,6 +216,7 @@ _TABLE = (
     svft.VARIANT,
     tied_lora.VARIANT,
     *tinylora.VARIANTS,
+    tokens.VARIANT,
     vblora.VARIANT,
     vera.VARIANT,
     waveft.VARIANT,

@@ -165,7 +165,6 @@ PEFT_LORA = PeftFormat(
         "use_bdlora": (None, False),
         "alora_invocation_tokens": (None,),
         "layer_replication": (None,),
-        "trainable_token_indices": (None,),
         "megatron_config": (None,),
         "arrow_config": (None,),
         "kasa_config": (None,),
@@ -175,6 +174,7 @@ PEFT_LORA = PeftFormat(
     ignored=(
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"),
         *("qalora_group_size", "runtime_config"),
+        "trainable_token_indices",  # which peft/_tokens.py reads
     ),
     layers=("Linear", "Conv1D"),
 )

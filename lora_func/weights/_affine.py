@@ -21,11 +21,13 @@ class Affine(NamedTuple):
         bias: ``b``, shape (d_out,), or None.
         taps: How many columns belong to one channel of a convolution, one after another; 1 for any
             other layer.
+        looks_up: True for an embedding, whose inputs stand for one-hot rows.
     """
 
     weight: Tensor | Packed
     bias: Tensor | None = None
     taps: int = 1
+    looks_up: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,6 +101,11 @@ def bias_of(W: Weight) -> Tensor | None:
 def taps_of(W: Weight) -> int:
     """Return how many columns of a weight belong to one channel of a convolution; else 1."""
     return W.taps if isinstance(W, Affine) else 1
+
+
+def looks_up(W: Weight) -> bool:
+    """True for the weight of an embedding, whose inputs stand for one-hot rows."""
+    return isinstance(W, Affine) and W.looks_up
 
 
 def is_stack(W: object) -> bool:

@@ -119,7 +119,8 @@ def matrix(module: nn.Module, own: Mapping[str, Any], name: str = "weight") -> A
             f"{name!r} has shape {tuple(found.shape)}, {beside!r} {tuple(bias.shape)}: no matrix "
             "with its bias, and no stack of them"
         )
-    return Affine(found.mT if _is_transposed(module, name, found) else found, bias, taps)
+    table = isinstance(module, nn.Embedding) and name == "weight"
+    return Affine(found.mT if _is_transposed(module, name, found) else found, bias, taps, table)
 
 
 def weight_at(model: nn.Module, path: str) -> Affine:

@@ -203,6 +203,7 @@ CASES = [
         start="elsewhere",
         **TWICE,
     ),
+    Case("tokens", lambda r: lf.TrainableTokens(token_ids=tuple(range(r)), target_modules=".*")),
     Case("vera", lambda r: lf.VeRA(r=r), dead=frozenset({"lambda_d"})),
 ]
 
