@@ -106,7 +106,16 @@ def packages() -> list[str]:
     rows = ["| module | what belongs there |", "|---|---|"]
     files = [PACKAGE / f"{name}.py" for name in ("version", "errors", "checks", "compat")]
     folders = ("modules", "configs", "weights", "variant", "numerics", "variants", "adapter")
-    folders += ("targeting", "runtime", "initialization", "sweep", "graphs", "export", "files")
+    folders += (
+        "rules",
+        "targeting",
+        "runtime",
+        "initialization",
+        "sweep",
+        "graphs",
+        "export",
+        "files",
+    )
     folders += ("distributed", "peft", "testing")
     files += [PACKAGE / name / "__init__.py" for name in folders]
     for file in files:

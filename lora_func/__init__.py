@@ -5,7 +5,7 @@
 The public names stand here. Each package below says in its docstring what belongs there.
 """
 
-from lora_func import peft
+from lora_func import peft, rules
 from lora_func.adapter import combine, partition, project, stack, summary, unstack
 from lora_func.configs import (
     AdapterConfig,
@@ -22,7 +22,7 @@ from lora_func.files import TrainingState, load, load_training_state, save, save
 from lora_func.graphs import Captured, capture
 from lora_func.initialization import init, loftq, nf4
 from lora_func.runtime import adapted, fcall, skeleton
-from lora_func.sweep import clip_grad_norm, vcall
+from lora_func.sweep import calibrate_strength, clip_grad_norm, vcall
 from lora_func.targeting import Target, Targets, find_targets
 from lora_func.variant import (
     ApplyFn,
@@ -90,6 +90,7 @@ __all__ = [
     "__version__",
     "adapted",
     "attach",
+    "calibrate_strength",
     "capture",
     "clip_grad_norm",
     "combine",
@@ -106,6 +107,7 @@ __all__ = [
     "partition",
     "peft",
     "project",
+    "rules",
     "save",
     "save_training_state",
     "skeleton",

@@ -69,6 +69,16 @@ def test_a_bias_that_the_layer_had_not():
     close(nn.functional.linear(x, state["0.weight"], state["0.bias"]), lf.fcall(model, params, x))
 
 
+def test_what_is_not_finite_is_refused_on_request():
+    model = nn.Sequential(nn.Linear(4, 3))
+    params = lf.init(model, lf.LoRA(r=2))
+    assert lf.merge(model, params, finite=True).keys() == model.state_dict().keys()
+    params["0.lora.B"] = torch.full((3, 2), torch.inf)
+    assert not lf.merge(model, params)["0.weight"].isfinite().all()
+    with pytest.raises(ValueError, match=r"0\.weight: would hold NaN or infinity"):
+        lf.merge(model, params, finite=True)
+
+
 def test_extra_state_comes_along():
     class Extra(nn.Linear):
         def get_extra_state(self):

@@ -6,12 +6,14 @@ Functions here work on the dict alone, or read weights by their paths. What runs
 
 from lora_func.adapter._combine import combine
 from lora_func.adapter._keys import RANK, SHARED, Key, as_trainable, group, parse, partition
+from lora_func.adapter._merging import METHODS
 from lora_func.adapter._project import project
 from lora_func.adapter._schema import check_leaves, check_required, check_site
 from lora_func.adapter._stack import holds_stack, size_of, stack, unstack
 from lora_func.adapter._summary import end_of_path, summary
 
 __all__ = [
+    "METHODS",
     "RANK",
     "SHARED",
     "Key",

@@ -19,6 +19,7 @@ def merge(
     *,
     tied: Literal["error", "untie"] = "error",
     ranks: Literal["all", 0] = "all",
+    finite: bool = False,
 ) -> dict[str, Tensor]:
     """Compute the state dict with which the model does what it does with the adapter.
 
@@ -33,6 +34,7 @@ def merge(
             After "untie" the places differ, and the model must load them untied.
         ranks: Who gets the result, if the base is sharded over ranks, which all call this: "all",
             or rank 0 alone; the others then get an empty dict.
+        finite: Whether an adapted weight with NaN or infinity is refused.
 
     Returns:
         New tensors under the names of ``model.state_dict()``, and one more for each new bias. Names
@@ -43,7 +45,8 @@ def merge(
         TypeError: If a variant has no weight, because it is not linear in x, or a weight is
             computed when it is read.
         ValueError: If params is a stack, a leaf is missing, unknown or of another shape, a tied
-            weight would be untied or is adapted at two places, or two variants name one module.
+            weight would be untied or is adapted at two places, two variants name one module, or an
+            adapted weight must be finite and is not.
 
     Example:
         >>> import torch, lora_func as lf
@@ -61,6 +64,8 @@ def merge(
         changed = replacements(model, sites, params)
         if tied == "error":
             _check_tied(model, changed)
+        if finite:
+            _check_finite(model, changed)
         state = _dense_state(model)
         names = _names(model)
         copies = {id(tensor): tensor.clone() for _, new, _ in changed for tensor in new.values()}
@@ -128,6 +133,17 @@ def _offloaded_state(model: nn.Module) -> dict[str, Tensor]:
             own = original_parameters(module)
             found |= {prefix + name: own[name].detach().cpu() for name in absent}
     return found
+
+
+def _check_finite(model: nn.Module, changed: Iterable[Replacement]) -> None:
+    names = _names(model)
+    for module, new, _ in changed:
+        for name, tensor in new.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{names[id(module), name][0]}: would hold NaN or infinity; the leaves "
+                    "diverged, or the change exceeds the range of its dtype"
+                )
 
 
 def _check_tied(model: nn.Module, changed: Iterable[Replacement]) -> None:

@@ -29,7 +29,7 @@ from lora_func.peft._tied import mirrored_once
 from lora_func.peft._tokens import KIND, read_tokens
 from lora_func.peft._whole import FULL, check_no_buffer, tied_once, whole_parameters
 from lora_func.runtime import devices_of, layout_of
-from lora_func.variant import Params
+from lora_func.variant import Params, PeftFormat
 from lora_func.weights import loaded, weight_at
 
 
@@ -207,15 +207,14 @@ def _site(
                 raise ValueError(f"{site}: {error}") from None
             d_out, d_in = W.weight.shape[-2:]
             rank = found.settings_at(leaves, (d_out, d_in), sizes).get("r")
-        given = own.get("r")
-        if (
-            rank is not None
-            and given
-            and rank != given
-            and not (found.lowers_rank and rank < given)
-        ):
-            raise ValueError(f"{site}: has rank {rank}, the config says {own['r']}")
+        _check_rank(site, found, rank, own.get("r"))
         return {str(Key(site, variant.name, leaf)): tensor for leaf, tensor in leaves.items()}
     raise ValueError(
         f"{site}: its tensors {[*stored]} are not what the config says of a {layer} layer"
     )
+
+
+def _check_rank(site: str, found: PeftFormat, rank: int | None, given: int | None) -> None:
+    lower = found.lowers_rank and (rank or 0) < (given or 0)
+    if rank is not None and given and rank != given and not lower:
+        raise ValueError(f"{site}: has rank {rank}, the config says {given}")

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lora_func.adapter import SHARED, Key, group
 from lora_func.modules import find_site, shared_parameters
 from lora_func.variant import Params
-from lora_func.variants import tokens
+from lora_func.variants import trainable_tokens
 from lora_func.weights import is_linear, loaded, weight_at
 
-NAME, KIND = tokens.VARIANT.name, tokens.VARIANT.peft[0].peft_type
+NAME, KIND = trainable_tokens.VARIANT.name, trainable_tokens.VARIANT.peft[0].peft_type
 SETTING = "trainable_token_indices"
 _DELTA = "trainable_tokens_delta"
 _ADAPTER = "token_adapter"

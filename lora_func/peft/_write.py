@@ -18,7 +18,7 @@ from lora_func.peft._formats import CONFIG, PREFIX, WEIGHTS, readable_formats
 from lora_func.peft._numbered import with_numbers
 from lora_func.peft._sites import PeftSite, peft_sites
 from lora_func.peft._task import TASKS, hidden_by_head, task_of
-from lora_func.peft._tokens import settings_of, take_tokens, tensors_of
+from lora_func.peft._tokens import SETTING, settings_of, take_tokens, tensors_of
 from lora_func.peft._trained import Trained, check_ambiguous, trained_parameters
 from lora_func.runtime import check_single
 
@@ -67,7 +67,7 @@ def to_peft(
     sites, whole = peft_sites(model, leaves)
     stems = {site.module: site.stem for site in sites}
     task = _task(model, task_type, [*stems])
-    if not sites and all(hidden_by_head(task, [path]) for path in whole):
+    if whole and not sites and all(hidden_by_head(task, [path]) for path in whole):
         task = None  # a head alone is what LN_TUNING names
     trained = trained_parameters(model, whole, stems, _kind(sites), task)
     config = _config(model, sites, trained) if leaves or not tokens else {}
@@ -81,16 +81,22 @@ def to_peft(
         config["auto_mapping"] = parent
     if target == "vllm":
         _check_served(config)
-    tensors = {f"{PREFIX}{name}": t for site in sites for name, t in site.tensors().items()}
-    tensors = with_numbers(model, tensors, [site.format for site in sites])
-    tensors |= {
+    more = trained.tensors | tensors_of(tokens, config)
+    tensors = _tensors(model, sites, leaves) | {f"{PREFIX}{name}": t for name, t in more.items()}
+    _write(Path(folder), tensors, _nested(config))
+
+
+def _tensors(
+    model: nn.Module, sites: Sequence[PeftSite], leaves: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter, and those that its sites share, by their full names."""
+    own = {f"{PREFIX}{name}": t for site in sites for name, t in site.tensors().items()}
+    shared = {
         name: leaves[str(Key(SHARED, site.variant, leaf))].clone()
         for site in sites
         for leaf, name in site.format.shared.items()
     }
-    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in trained.tensors.items()}
-    tensors |= {f"{PREFIX}{name}": rows for name, rows in tensors_of(tokens, config).items()}
-    _write(Path(folder), tensors, _nested(config))
+    return with_numbers(model, own, [site.format for site in sites]) | shared
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -229,6 +235,7 @@ def _check_served(config: Mapping[str, Any]) -> None:
         "DoRA": config.get("use_dora", False),
         "modules_to_save": bool(config.get("modules_to_save")),
         "trained biases": bool(config.get("bias")),
+        "trained tokens": bool(config.get(SETTING)),
         "target_parameters": bool(config.get("target_parameters")),
         "scales that differ from site to site": bool(config.get("alpha_pattern"))
         or bool(config.get("rank_pattern")),

@@ -6,6 +6,7 @@ verification that a model keeps rows apart belong here. How a module runs K adap
 """
 
 from lora_func.sweep._clipping import clip_grad_norm
+from lora_func.sweep._strength import calibrate_strength
 from lora_func.sweep._sweep import vcall
 
-__all__ = ["clip_grad_norm", "vcall"]
+__all__ = ["calibrate_strength", "clip_grad_norm", "vcall"]

@@ -54,7 +54,7 @@ from lora_func.variants import (
     svft,
     tied_lora,
     tinylora,
-    tokens,
+    trainable_tokens,
     vblora,
     vera,
     waveft,
@@ -107,7 +107,7 @@ from lora_func.variants.ssvd import SSVD
 from lora_func.variants.svft import SVFT
 from lora_func.variants.tied_lora import TiedLoRA
 from lora_func.variants.tinylora import TinyLoRA
-from lora_func.variants.tokens import TrainableTokens
+from lora_func.variants.trainable_tokens import TrainableTokens
 from lora_func.variants.vblora import VBLoRA
 from lora_func.variants.vera import VeRA
 from lora_func.variants.waveft import WaveFT
@@ -216,7 +216,7 @@ _TABLE = (
     svft.VARIANT,
     tied_lora.VARIANT,
     *tinylora.VARIANTS,
-    tokens.VARIANT,
+    trainable_tokens.VARIANT,
     vblora.VARIANT,
     vera.VARIANT,
     waveft.VARIANT,

@@ -203,9 +203,16 @@ CASES = [
         start="elsewhere",
         **TWICE,
     ),
-    Case("tokens", lambda r: lf.TrainableTokens(token_ids=tuple(range(r)), target_modules=".*")),
     Case("vera", lambda r: lf.VeRA(r=r), dead=frozenset({"lambda_d"})),
 ]
+
+OF_TOKENS = [
+    Case(
+        "trainable-tokens",
+        lambda r: lf.TrainableTokens(token_ids=tuple(range(r)), target_modules=".*"),
+    )
+]
+"""For the laws alone: the sites of this config are tables and heads, not the layers of a model."""
 
 
 class Made(TorchDispatchMode):

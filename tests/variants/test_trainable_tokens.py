@@ -46,11 +46,11 @@ def test_rows_are_replaced(dtype):
     assert torch.equal(lf.fcall(model, params, TOKENS), model(TOKENS))
     trained(params)
     table = model[0].weight.clone()
-    table[IDS] += params["0.tokens.rows"].detach().to(dtype)
+    table[IDS] += params["0.trainable_tokens.rows"].detach().to(dtype)
     expected = nn.functional.embedding(TOKENS, table, padding_idx=5)
     y = lf.fcall(model, params, TOKENS)
     torch.testing.assert_close(y, expected)
-    (gradient,) = torch.autograd.grad(y.float().square().sum(), params["0.tokens.rows"])
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), params["0.trainable_tokens.rows"])
     assert gradient.any(-1).tolist() == [True, True, False]  # the last one is the padding
 
 
@@ -83,13 +83,13 @@ def by_hand(model, rows):
 def test_tied_heads_share_the_rows(tied):
     model, params = tied
     assert {key: tuple(leaf.shape) for key, leaf in params.items()} == {
-        "*.tokens.rows": (3, 16),
-        "model.embed_tokens.tokens._inputs": (3,),
-        "lm_head.tokens._outputs": (3,),
+        "*.trainable_tokens.rows": (3, 16),
+        "model.embed_tokens.trainable_tokens._inputs": (3,),
+        "lm_head.trainable_tokens._outputs": (3,),
     }
     assert torch.equal(lf.fcall(model, params, BATCH).logits, model(**BATCH).logits)
     trained(params)
-    rows = params["*.tokens.rows"]
+    rows = params["*.trainable_tokens.rows"]
     other = by_hand(model, rows.detach())
     table = other.model.embed_tokens.weight.requires_grad_()
     torch.testing.assert_close(lf.fcall(model, params, BATCH).logits, other(**BATCH).logits)
@@ -124,7 +124,9 @@ def test_merge_attach_and_files(tied, tmp_path):
 
 def test_new_tokens_of_a_resized_model():
     model = llama()
-    with pytest.raises(ValueError, match=r"embed_tokens: tokens: token_ids: 21 is none of the 20"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens: trainable_tokens: token_ids: 21 is none of the 20"
+    ):
         lf.init(model, lf.TrainableTokens(token_ids=[21], target_modules="embed_tokens"))
     model.resize_token_embeddings(24)
     cfg = lf.TrainableTokens(token_ids=[20, 21, 22, 23], target_modules=BOTH, tied=True)
@@ -159,7 +161,7 @@ def test_pefts_checkpoints_are_read_and_written(name, config, tmp_path):
     model = MODELS[name]()
     params = from_peft(tmp_path / "theirs", model)
     torch.testing.assert_close(lf.fcall(model, params, batch).logits, expected)
-    assert any(key.endswith("tokens.rows") for key in params)
+    assert any(key.endswith("trainable_tokens.rows") for key in params)
     to_peft(params, tmp_path / "ours", model=model)
     again = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path / "ours").eval()
     torch.testing.assert_close(again(**batch).logits, expected)

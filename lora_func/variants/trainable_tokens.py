@@ -44,7 +44,7 @@ class TrainableTokens(LinearConfig):
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4))
         >>> cfg = lf.TrainableTokens(token_ids=[2, 7], target_modules="0")
         >>> {key: tuple(leaf.shape) for key, leaf in lf.init(model, cfg).items()}
-        {'0.tokens.rows': (2, 4), '0.tokens._inputs': (2,)}
+        {'0.trainable_tokens.rows': (2, 4), '0.trainable_tokens._inputs': (2,)}
     """
 
     token_ids: Sequence[int] = ()
@@ -115,7 +115,9 @@ def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     y = linear(x, W)
     rows = params["rows"].to(y.dtype)
     if "_outputs" in params:
-        return y.index_add(-1, params["_outputs"].long(), x @ rows.mT)
+        added, ids = (x @ rows.mT).to(y.dtype), params["_outputs"].long()
+        ids = ids if ids.ndim == 1 else ids.unsqueeze(1)  # of a stack (K, 1, n)
+        return y.scatter_add(-1, ids.expand_as(added), added)
     ids = params["_inputs"].long()
     places = torch.arange(1, len(ids) + 1, dtype=torch.float64, device=ids.device)
     place = torch.zeros(W.shape[1], dtype=torch.float64, device=ids.device)
@@ -131,10 +133,10 @@ def weight(W: Weight, params: Mapping[str, Tensor]) -> Tensor:
         Shape (d_out, d_in).
     """
     W = dense(W)
-    rows = params["rows"].to(W.dtype)
+    rows, none = params["rows"].to(W.dtype), torch.zeros_like(W)  # in the layout of W
     if "_outputs" in params:
-        return W.index_add(0, params["_outputs"].long(), rows)
-    return W.index_add(1, params["_inputs"].long(), rows.mT)
+        return W + none.index_add(0, params["_outputs"].long(), rows)
+    return W + none.index_add(1, params["_inputs"].long(), rows.mT)
 
 
 def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> Tensor:
@@ -148,7 +150,7 @@ def delta_norm(params: Mapping[str, Tensor], shape: tuple[int, int] | None) -> T
 
 
 VARIANT = Variant(
-    name="tokens",
+    name="trainable_tokens",
     config=TrainableTokens,
     family="sparse",
     init=init,
@@ -166,5 +168,6 @@ VARIANT = Variant(
             layers=("Embedding",),
         ),
     ),
+    stacks=True,
     products_only=True,
 )
