@@ -92,11 +92,12 @@ def per_member(rules: Sequence[GradientRule | None]) -> GradientRule:
     Example:
         >>> import torch, lora_func as lf
         >>> from lora_func import rules
-        >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.randn(5, 4)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> stacked = lf.stack([lf.init(model, lf.LoRA(r=2), seed=s) for s in range(2)])
-        >>> lf.vcall(model, stacked, x, loss_fn=lambda y, _: y.square().sum()).sum().backward()
-        >>> rule = rules.per_member([None, rules.riemannian])
-        >>> rules.assign(stacked, rule(stacked, rules.gradients(stacked)))
+        >>> grads = {key: torch.ones_like(stacked[key]) for key in ("0.lora.A", "0.lora.B")}
+        >>> changed = rules.per_member([None, rules.riemannian])(stacked, grads)
+        >>> [bool((changed["0.lora.A"][k] == 1).all()) for k in range(2)]
+        [True, False]
     """
 
     def rule(params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Params:

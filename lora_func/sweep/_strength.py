@@ -145,7 +145,6 @@ def _solved(
     distance: Callable[[Tensor], Tensor], k: int, target: float, tol: float, most: float
 ) -> Tensor:
     """Bracket and bisection; a distance that is not finite is too far."""
-    low, high = torch.zeros(k, dtype=torch.float64), torch.ones(k, dtype=torch.float64)
     with tqdm(desc="strength", unit="call", disable=None) as bar:
 
         def is_far(strength: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,35 +152,45 @@ def _solved(
             found = distance(strength).double().cpu()
             return ~(found < target), (found - target).abs() <= tol * target
 
-        at_zero = distance(low).double().cpu()
-        if not (at_zero < target).all():
-            beyond = (~(at_zero < target)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"target_kl: adapters {beyond} are {at_zero[beyond].max():.3g} away at a strength "
-                "of 0: a part of their change has no coefficient; ask for more than that"
-            )
-        far, close = is_far(high)
-        while not far.all() and bool((high[~far] < most).any()):
-            grows = ~far & (high < most)
-            low, high = torch.where(grows, high, low), torch.where(grows, 2 * high, high)
-            far, close = is_far(high)
-        if not (far | close).all():
-            short = (~(far | close)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"target_kl: adapters {short} do not reach {target} with a strength of {most:g}; "
-                "they change nothing at their start, or too little; train them first, or ask for "
-                "less"
-            )
-        middle = high
+        low, high = _bracket(is_far, k, target, most)
+        middle, (_, close) = high, is_far(high)
         for _ in range(_HALVINGS):
             if close.all():
-                break
+                return middle
             middle = torch.where(close, middle, (low + high) / 2)
             far, close = is_far(middle)
             low, high = torch.where(far, low, middle), torch.where(far, middle, high)
-    if not close.all():
+    raise ValueError(
+        f"target_kl: the distance jumps over {target} at a strength of {middle.tolist()}; ask for "
+        "another distance, or a larger tol"
+    )
+
+
+def _bracket(
+    is_far: Callable[[Tensor], tuple[Tensor, Tensor]], k: int, target: float, most: float
+) -> tuple[Tensor, Tensor]:
+    """Strengths below and above the distance, or at it."""
+    low, high = torch.zeros(k, dtype=torch.float64), torch.ones(k, dtype=torch.float64)
+    far, _ = is_far(low)
+    if far.any():
         raise ValueError(
-            f"target_kl: the distance jumps over {target} at a strength of {middle.tolist()}; ask "
-            "for another distance, or a larger tol"
+            f"target_kl: adapters {_places(far)} are farther than {target} at a strength of 0: a "
+            "part of their change has no coefficient; ask for more than that"
         )
-    return middle
+    while True:
+        far, close = is_far(high)
+        grows = ~(far | close)
+        if not grows.any():
+            return low, high
+        if bool((high[grows] >= most).any()):
+            raise ValueError(
+                f"target_kl: adapters {_places(grows)} do not reach {target} with a strength of "
+                f"{most:g}; they change nothing at their start, or too little; train them first, "
+                "or ask for less"
+            )
+        low, high = torch.where(grows, high, low), torch.where(grows, 2 * high, high)
+
+
+def _places(mask: Tensor) -> list[int]:
+    found: list[int] = mask.nonzero().flatten().tolist()
+    return found
