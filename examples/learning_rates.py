@@ -38,7 +38,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TEN = "lora,dora,pissa,milora,mica,delora,vera,ia3,oft,miss"
-RATES = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
+RATES = "3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """The 97.5 % quantile of Student's t, for 1, 2, ... degrees of freedom."""
 
@@ -83,7 +83,9 @@ def sharpness(task: Task, members: Sequence[lf.Params], options: Namespace) -> l
     """The largest eigenvalue of the Hessian in the adapter's leaves, for each member at once.
 
     The losses of the members are independent, so that the Hessian of their sum has a block for each
-    of them, and one product with it serves them all.
+    of them, and one product with it serves them all. Where one factor is zero the eigenvalues come
+    in pairs of both signs: the first half of the iterations finds their size, and the second half
+    iterates with the Hessian plus that size.
     """
     stacked = lf.stack(members)
     keys = [key for key in lf.partition(stacked)[0] if ".full." not in key]
@@ -101,18 +103,27 @@ def sharpness(task: Task, members: Sequence[lf.Params], options: Namespace) -> l
             total = [t + p / len(batches) for t, p in zip(total, products, strict=True)]
         return total
 
+    def norms(vectors: Sequence[Tensor]) -> Tensor:
+        return sum(v.square().reshape(len(v), -1).sum(1) for v in vectors).sqrt()
+
+    def scaled(vectors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+        return [v * factors.reshape(-1, *[1] * (v.ndim - 1)) for v in vectors]
+
     def unit(vectors: Sequence[Tensor]) -> list[Tensor]:
-        norms = sum(v.square().reshape(len(v), -1).sum(1) for v in vectors).sqrt()
-        return [v / norms.reshape(-1, *[1] * (v.ndim - 1)).clamp_min(1e-30) for v in vectors]
+        return scaled(vectors, 1 / norms(vectors).clamp_min(1e-30))
 
     torch.manual_seed(options.seed)
     vectors = unit([torch.randn_like(leaf) for leaf in leaves.values()])
-    for _ in tqdm(range(options.iterations), "sharpness", unit="product", leave=False):
+    shift = torch.zeros(len(members), dtype=vectors[0].dtype)
+    for i in tqdm(range(options.iterations), "sharpness", unit="product", leave=False):
         products = times(vectors)
-        found = sum(
-            (v * p).reshape(len(v), -1).sum(1) for v, p in zip(vectors, products, strict=True)
-        )
-        vectors = unit(products)
+        if i < options.iterations // 2:  # the eigenvalue of the largest size may be negative
+            shift, vectors = norms(products), unit(products)
+            continue
+        along = [v * p for v, p in zip(vectors, products, strict=True)]
+        found = sum(each.reshape(len(each), -1).sum(1) for each in along)
+        moved = zip(products, scaled(vectors, shift), strict=True)
+        vectors = unit([p + v for p, v in moved])
     return found.tolist()
 
 
@@ -188,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_variants(parser, TEN)
     parser.add_argument("--rates", type=numbers(float), default=numbers(float)(RATES))
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=12, help="products with the Hessian")
+    parser.add_argument("--iterations", type=int, default=20, help="products with the Hessian")
     parser.add_argument("--batches", type=int, default=2, help="batches of the Hessian")
     options = parser.parse_args(arguments)
 

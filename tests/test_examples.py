@@ -66,7 +66,7 @@ def test_sharpness_is_the_largest_eigenvalue(monkeypatch):
     members = [lf.init(model, lf.LoRA(r=1), seed=s, dtype=torch.float64) for s in range(2)]
 
     task = Namespace(model=model, data=data)
-    options = Namespace(seed=0, batches=1, iterations=200)
+    options = Namespace(seed=0, batches=1, iterations=400)
 
     def mse(y, batch):
         return (y - batch[1]).square().mean()
@@ -88,7 +88,7 @@ def test_sharpness_is_the_largest_eigenvalue(monkeypatch):
 
         flat = torch.cat([leaf.detach().flatten() for leaf in trained.values()])
         eigenvalues = torch.linalg.eigvalsh(torch.func.hessian(loss)(flat))
-        assert largest == pytest.approx(eigenvalues.abs().max().item(), rel=1e-3)
+        assert largest == pytest.approx(eigenvalues.max().item(), rel=1e-3)
 
 
 def test_rules(run, tiny, capsys):
