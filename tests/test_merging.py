@@ -149,6 +149,11 @@ def test_refusals(model):
     hra = members(model, lf.HRA(r=2), 2)
     with pytest.raises(TypeError, match=r"0: adapters of \['hra'\] are no products of two factors"):
         lf.combine([(hra[0], 1.0), (hra[1], 1.0)], "ties_svd", density=0.5)
+    tied = members(model, lf.TiedLoRA(r=2), 2)
+    with pytest.raises(
+        TypeError, match=r"\*\.tied_lora\.A: adapters of tied_lora whose sites share"
+    ):
+        lf.combine([(tied[0], 1.0), (tied[1], 1.0)])
     with pytest.raises(ValueError, match="single adapters of single weights; unstack them first"):
         lf.combine([(lf.stack([one, one]), 1.0)], "svd")
     for settings, message in [

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lora_func.adapter._keys import Key, as_trainable, group
+from lora_func.adapter._keys import SHARED, Key, as_trainable, group, parse
 from lora_func.adapter._merging import Merging, Method, merging_of
 from lora_func.adapter._schema import check_leaves
 from lora_func.numerics import DROPOUT, at_least_float32, svd
@@ -81,6 +81,7 @@ def combine(
         }
     sites: dict[str, list[Term]] = {}
     for params, weight in terms:
+        _check_unshared(params)
         for (site, name), keys in group(params).items():
             leaves = {leaf: params[key].detach() for leaf, key in keys.items()}
             sites.setdefault(site, []).append((name, leaves, float(weight)))
@@ -94,6 +95,16 @@ def combine(
             name, leaves = _of_leaves(site, here, merge)
         combined |= {str(Key(site, name, leaf)): tensor for leaf, tensor in leaves.items()}
     return as_trainable(combined)
+
+
+def _check_unshared(params: Mapping[str, Tensor]) -> None:
+    for key in params:
+        site, name, leaf = parse(key)
+        if site == SHARED and not leaf.startswith("_"):
+            raise TypeError(
+                f"{key}: adapters of {name} whose sites share a trained leaf have no sum; make "
+                "LoRAs of them with to_lora"
+            )
 
 
 def _of_changes(site: str, here: Sequence[Term], merge: Merging, rank: int | None) -> Params:

@@ -46,7 +46,7 @@ def read_tokens(
         to_model(_module_of(name.removeprefix(prefix))): tensors.pop(name)
         for name in [name for name in tensors if name.endswith(f".{_DELTA}")]
     }
-    tables = {path for path in stored if isinstance(find_site(model, path)[0], nn.Embedding)}
+    tables = [path for path in stored if isinstance(find_site(model, path)[0], nn.Embedding)]
     covered: dict[str, Tensor] = {}
     for path in tables:
         ids, places = _ids_at(model, config, path), _places(model, path)
@@ -56,7 +56,7 @@ def read_tokens(
         found[str(Key(owner, NAME, "rows"))] = rows
         for place, leaf in places.items():
             found[str(Key(place, NAME, leaf))] = torch.tensor(ids, dtype=torch.float64)
-    for path in stored.keys() - tables:  # PEFT writes the rows of a tied head again
+    for path in stored.keys() - {*tables}:  # PEFT writes the rows of a tied head again
         if path not in covered or not torch.equal(covered[path], stored[path]):
             raise ValueError(
                 f"{path}: PEFT's trained tokens are read at an embedding, and at the head that "
