@@ -1,5 +1,8 @@
 """The project's commands: ``python -m nox -s tests`` and so on, the same here and in CI."""
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -79,9 +82,30 @@ def tables(session: nox.Session) -> None:
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
-    """Train adapters on real text with a real model, offline; arguments go to examples/probe.py."""
+    """Compare a head and LoRAs on real text, offline; arguments go to examples/quickstart.py."""
     install(session, "quickstart", "-e", ".[hf]")
+    session.run("python", "examples/quickstart.py", *session.posargs)
+
+
+@nox.session
+def probe(session: nox.Session) -> None:
+    """Train and check any variants on real text, offline; arguments go to examples/probe.py."""
+    install(session, "quickstart", "-e", ".[hf,wavelets]")
     session.run("python", "examples/probe.py", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Make sdist and wheel in dist/, install the wheel by itself, and use it."""
+    session.install("build>=1.2")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist", ".")
+    (wheel,) = Path("dist").glob("*.whl")
+    session.install("-c", "constraints.txt", str(wheel))
+    session.install("--no-deps", "--force-reinstall", str(wheel))
+    smoke = Path("tests", "smoke.py").resolve()
+    session.chdir(session.create_tmp())
+    session.run("python", str(smoke))
 
 
 @nox.session

@@ -39,7 +39,7 @@ def train(task: Task, stacked: lf.Params, options: Namespace) -> list[list[int]]
     )
     optimizer = torch.optim.AdamW(groups_of(stacked, options.lr), weight_decay=0.0)
     trained, state, kept = lf.partition(stacked)[0], None, []
-    for step, batch in enumerate(tqdm(batches, "adalora", unit="step")):
+    for step, batch in enumerate(tqdm(batches, "AdaLoRA", unit="step")):
         optimizer.zero_grad()
         losses = lf.vcall(task.model, stacked, batch) + 0.1 * adalora.orthogonality(stacked)
         losses.sum().backward()

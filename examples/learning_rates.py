@@ -17,9 +17,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib
 import torch
@@ -27,7 +26,7 @@ from probe import VARIANTS, add_variants, groups_of, make
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, accuracies, classify, in_epochs, parser_of
+from tasks import Task, accuracies, classify, in_epochs, interval, parser_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -39,8 +38,6 @@ import matplotlib.pyplot as plt
 
 TEN = "lora,dora,pissa,milora,mica,delora,vera,ia3,oft,miss"
 RATES = "3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""The 97.5 % quantile of Student's t, for 1, 2, ... degrees of freedom."""
 
 
 @dataclass
@@ -139,11 +136,6 @@ def study(task: Task, name: str, options: Namespace) -> Row:
     train(task, members, [row.rate] * len(members), options, f"{name}, seeds")
     row.accuracies = accuracy(task, members, half=1)
     return row
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of a mean."""
-    return STUDENT[min(len(values) - 2, 8)] * stdev(values) / sqrt(len(values))
 
 
 def correlation(rows: Sequence[Row]) -> float:

@@ -1,8 +1,8 @@
 """Train adapters on real text with a real model, and check that each one works.
 
-    python -m nox -s quickstart                                    # two rows, minutes on a CPU
-    python -m nox -s quickstart -- --variants all
-    python -m nox -s quickstart -- --variants all --task generate
+    python -m nox -s probe                                    # two rows, minutes on a CPU
+    python -m nox -s probe -- --variants all
+    python -m nox -s probe -- --variants all --task generate
 
 The text comes from the Python standard library. The model is a pretrained MiniLM, or for "generate"
 a tiny Qwen3 that is trained first. Everything runs offline. Each row of the table is one adapter,

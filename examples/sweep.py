@@ -114,23 +114,32 @@ def table(members: Sequence[Member], title: str) -> Table:
     return shown
 
 
+def oldest(members: Sequence[Member]) -> list[Member]:
+    """The members that trained for the most steps; halving stops others before."""
+    most = max(len(member.losses) for member in members)
+    return [member for member in members if len(member.losses) == most]
+
+
 def plot(members: Sequence[Member], path: Path) -> None:
-    """Plot the grid (mean over seeds) and every loss curve."""
+    """Plot the grid (mean over the seeds that lasted longest) and every loss curve."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     rows = sorted({(m.rank, m.alpha) for m in members})
     lrs = sorted({m.lr for m in members})
     cells = [
-        [mean(m.accuracy for m in members if (m.rank, m.alpha, m.lr) == (*row, lr)) for lr in lrs]
+        [oldest([m for m in members if (m.rank, m.alpha, m.lr) == (*row, lr)]) for lr in lrs]
         for row in rows
     ]
-    image = left.imshow(cells, aspect="auto", cmap="viridis")
+    values = [[mean(m.accuracy for m in cell) for cell in line] for line in cells]
+    image = left.imshow(values, aspect="auto", cmap="cividis")
     for (i, line), j in product(enumerate(cells), range(len(lrs))):
-        left.text(j, i, f"{line[j]:.1%}", ha="center", va="center", color="white")
+        text = f"{values[i][j]:.1%}\n{len(line[j])} x {len(line[j][0].losses)} steps"
+        ink = "black" if image.norm(values[i][j]) > 0.5 else "white"
+        left.text(j, i, text, ha="center", va="center", color=ink)
     left.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
     left.set_yticks(range(len(rows)), [f"r {rank}, alpha {alpha:g}" for rank, alpha in rows])
-    left.set(xlabel="learning rate", title="held-out accuracy, mean over seeds")
+    left.set(xlabel="learning rate", title="held-out accuracy, mean over seeds of one age")
     figure.colorbar(image, ax=left)
-    colors = plt.colormaps["viridis"](torch.linspace(0, 0.9, len(lrs)).tolist())
+    colors = plt.colormaps["cividis"](torch.linspace(0, 0.9, len(lrs)).tolist())
     for member in members:
         right.plot(smoothed(member.losses), color=colors[lrs.index(member.lr)], alpha=0.7)
     for lr, color in zip(lrs, colors, strict=True):

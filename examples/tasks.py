@@ -15,8 +15,9 @@ import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -267,6 +268,17 @@ def accuracies(task: Task, stacks: Sequence[lf.Params], chunk: int | None = None
             )
             hits.append(logits.argmax(-1) == batch["labels"])
     return torch.cat(hits, 1).double().mean(1).tolist()
+
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""The 97.5 % quantile of Student's t, for 1, 2, ... degrees of freedom."""
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean; NaN for a single value."""
+    if len(values) < 2:
+        return float("nan")
+    return STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * stdev(values) / sqrt(len(values))
 
 
 def smoothed(losses: Sequence[float], window: int = 10) -> list[float]:

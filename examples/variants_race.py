@@ -62,7 +62,8 @@ def table(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, ti
 
 
 def plot(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    columns = 1 + len(names) // 24
+    figure, axes = plt.subplots(figsize=(7 + 3 * columns, 6), layout="constrained")
     colors = plt.colormaps["turbo"](torch.linspace(0, 1, len(names)).tolist())
     order = accuracy.argsort(descending=True).tolist()
     for k, color in zip(order, colors, strict=True):
@@ -72,7 +73,7 @@ def plot(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, pat
     axes.set(
         xlabel="step", ylabel="training loss (mean of five steps)", title="One step trains all"
     )
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(names) // 16, fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=columns, fontsize=7)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

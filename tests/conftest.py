@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, settings
 import lora_func as lf
 from lora_func.variants import _template
 
-collect_ignore = ["mutants.py"]  # a script of nox, whose library is no dependency of the tests
+collect_ignore = ["mutants.py", "smoke.py"]  # scripts of nox
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=20, **_COMMON)
-settings.register_profile("ci", max_examples=20, derandomize=True, **_COMMON)
+settings.register_profile("ci", max_examples=12, derandomize=True, **_COMMON)
 settings.register_profile("deep", max_examples=100, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 

@@ -12,6 +12,7 @@ import merging
 import per_sample_gradients
 import pytest
 import qlora
+import quickstart
 import rules
 import sweep
 import tokens
@@ -43,6 +44,15 @@ def test_sweep(run, tiny, tmp_path, capsys, halving):
     assert any(".lora.A" in key for key in lf.load(tmp_path / "best.safetensors"))
     steps = {line.split()[4] for line in shown.splitlines() if line.strip().endswith("%")}
     assert (len(steps) > 1) == bool(halving)
+
+
+def test_quickstart(run, tiny, capsys):
+    few = ["--ranks", "2", "--seeds", "0,1"]
+    run(quickstart, "quickstart.png", "--model", str(tiny), *SMALL, *few)
+    shown = capsys.readouterr().out
+    assert "the base did not change by a bit" in shown
+    assert "all 4 adapters trained in one call a step" in shown
+    assert "A saved adapter came back exactly." in shown
 
 
 @pytest.mark.slow
