@@ -5,9 +5,9 @@
     python examples/qlora.py --model answerdotai/ModernBERT-base --rank 16
 
 transformers and bitsandbytes load the base as for QLoRA; its packed weights stay unchanged. A LoRA
-and a linear head are trained on the dense model (the baseline), then on the quantised model, then
-with four learning rates and two seeds at once. The task: which package of the standard library does
-a docstring document?
+and a linear head are trained on the dense model (the baseline), then on the quantised model, from
+the usual start and with 4 bits from LoftQ's, then with four learning rates and two seeds at once.
+The task: which package of the standard library does a docstring document?
 """
 
 import argparse
@@ -71,16 +71,21 @@ def quantised(task: Task, options: argparse.Namespace) -> Task:
     return replace(task, model=model)
 
 
+def lora_of(task: Task, options: argparse.Namespace) -> lf.LoRA:
+    return lf.LoRA(r=options.rank, alpha=2.0 * options.rank, layers=task.layers)
+
+
 def train(
     name: str,
     task: Task,
     settings: Sequence[tuple[float, int]],
     losses_of: Callable[[list[lf.Params], dict[str, Tensor]], Tensor],
     options: argparse.Namespace,
+    start: lf.Params | None = None,
 ) -> list[Run]:
     """Train one adapter per (learning rate, seed) pair, with one optimizer."""
-    cfg = [lf.LoRA(r=options.rank, alpha=2.0 * options.rank, layers=task.layers), task.head]
-    adapters = [lf.init(task.model, cfg, seed=seed) for _, seed in settings]
+    cfg = [lora_of(task, options), task.head]
+    adapters = [lf.init(task.model, cfg, seed=seed) | (start or {}) for _, seed in settings]
     optimizer = torch.optim.AdamW(
         {"params": [*lf.partition(params)[0].values()], "lr": lr}
         for params, (lr, _) in zip(adapters, settings, strict=True)
@@ -147,11 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     one, name = [(options.lr, options.seed)], f"{options.bits} bits"
     grid = [(options.lr * factor, seed) for factor, seed in product((0.1, 0.3, 1.0, 3.0), (1, 2))]
-    runs = [
-        *train("dense", dense, one, alone(dense), options),
-        *train(name, packed, one, alone(packed), options),
-        *train(f"{name}, sweep", packed, grid, together, options),
-    ]
+    runs = train("dense", dense, one, alone(dense), options)
+    runs += train(name, packed, one, alone(packed), options)
+    if options.bits == 4:
+        _, start = lf.loftq(dense.model, lora_of(dense, options))
+        runs += train(f"{name}, LoftQ", packed, one, alone(packed), options, start)
+    runs += train(f"{name}, sweep", packed, grid, together, options)
     sizes = f"{mebibytes(dense.model):.1f} MiB, with {name} {mebibytes(packed.model):.1f}"
     title = f"{dense.title}: {sizes}"
     Console(width=max(100, Console().width)).print(table(runs, title))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lora_func as lf
-from lora_func.peft import from_peft
+from lora_func.peft import from_peft, to_peft
 from lora_func.rules import adalora
 from tests.support.parity import relative
 
@@ -136,11 +136,21 @@ def test_pruned_checkpoints_of_peft_are_read(model, batch, kept, tmp_path):
     params = from_peft(tmp_path, model)
     assert params["0.adalora.A"].shape == (kept, 12)
     torch.testing.assert_close(lf.fcall(model, params, x), expected)
+    to_peft(params, tmp_path / "again", model=model)  # PEFT has one rank: zeros fill it up
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "again").double()
+    torch.testing.assert_close(again(x), expected)
 
 
 def test_no_step_is_left_out(model, batch):
     (params,) = started(model, 1)
     grads = {key: torch.ones_like(leaf) for key, leaf in lf.partition(params)[0].items()}
+    with pytest.raises(ValueError, match="step: got 7 without a state; call update after each"):
+        adalora.update(params, grads, None, 7, SCHEDULE)
+    still = {key: torch.zeros_like(leaf) for key, leaf in grads.items()}
+    at_once = adalora.Schedule(total=5, target_r=1)
+    _, silent = adalora.update(params, still, None, 0, at_once)
+    with pytest.raises(ValueError, match="step 1: every score of an adapter is zero"):
+        adalora.update(params, still, silent, 1, at_once)
     _, state = adalora.update(params, grads, None, 0, SCHEDULE)
     with pytest.raises(ValueError, match="step: got 2 after 0; call update after each step"):
         adalora.update(params, grads, state, 2, SCHEDULE)
@@ -150,6 +160,40 @@ def test_no_step_is_left_out(model, batch):
         adalora.update(params, grads, None, 0, adalora.Schedule(total=5, target_r=6))
     with pytest.raises(ValueError, match="no site is adapted by AdaLoRA"):
         adalora.orthogonality(lf.init(model, lf.LoRA(r=2)))
+
+
+def test_half_precision_keeps_its_scores(model):
+    params = {key: leaf.half() for key, leaf in started(model, 1)[0].items()}
+    params |= {key: leaf + 0.03 for key, leaf in params.items() if key.endswith(".E")}
+    grads = {key: torch.full_like(leaf, 1e-3) for key, leaf in lf.partition(params)[0].items()}
+    state, schedule = None, adalora.Schedule(total=30, target_r=1)
+    for step in range(2):
+        params, state = adalora.update(params, grads, state, step, schedule)
+    assert params["0.adalora.E"].any()
+
+
+def test_members_of_different_ranks_are_as_alone(model):
+    alone = lf.init(model, lf.AdaLoRA(r=2), dtype=torch.float64)
+    large = lf.init(model, lf.AdaLoRA(r=6), seed=1, dtype=torch.float64)
+    stacked, schedule = lf.stack([alone, large]), adalora.Schedule(total=10, target_r=1)
+    torch.testing.assert_close(adalora.orthogonality(stacked)[0], adalora.orthogonality(alone))
+    state = both = None
+    for step in range(10):
+        generator = torch.Generator().manual_seed(step)
+        drawn = {
+            key: torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+            for key, leaf in lf.partition(alone)[0].items()
+        }
+        padded = {key: torch.ones_like(stacked[key]) for key in drawn}
+        for key, gradient in drawn.items():
+            padded[key][0] = 0
+            padded[key][0][tuple(slice(n) for n in gradient.shape)] = gradient
+        alone = {k: v + 0.1 * drawn[k] if k in drawn else v for k, v in alone.items()}
+        stacked = {k: v + 0.1 * padded[k] if k in padded else v for k, v in stacked.items()}
+        alone, state = adalora.update(alone, drawn, state, step, schedule)
+        stacked, both = adalora.update(stacked, padded, both, step, schedule)
+        for key in (f"{site}.adalora.E" for site in SITES):
+            assert torch.equal(stacked[key][0][:2] == 0, alone[key] == 0), step
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """python -m lora_func: output, one-line error messages, exit status 2."""
 
+import io
 import os
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
 import lora_func as lf
+from lora_func.__main__ import main
 from lora_func.peft import from_peft
 from lora_func.variants import all_variants
 from tests.support.models import batch_for, make, scramble
@@ -15,9 +19,30 @@ from tests.support.models import batch_for, make, scramble
 WHERE = ("--out", "{out}", "--model", "{model}")
 
 
-def run(*arguments):
+def in_process(*arguments):
     command = [sys.executable, "-m", "lora_func", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run(*arguments):
+    """The same without the seconds that a process needs to import everything."""
+    if "--import" in arguments:  # which would leave its variants to other tests
+        return in_process(*arguments)
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        try:
+            code = main([*map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def test_a_process_of_its_own(files):
+    done = in_process("show", files / "lora")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == run("show", files / "lora").stdout
+    assert in_process("show", files / "nothing").returncode == 2
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,18 @@ def test_transposed_weights_come_back_as_they_are_stored():
     assert torch.equal(weights["h.0.attn.c_attn.weight"], lf.nf4(W.mT.contiguous()).mT)
 
 
+def test_a_model_that_is_one_layer():
+    layer = nn.Linear(64, 8)
+    weights, _ = lf.loftq(layer, lf.LoRA(r=2), iters=2)
+    assert {*weights} == {"weight"}
+    layer.load_state_dict(weights, strict=False)
+    assert torch.equal(layer.weight, weights["weight"])
+
+
 def test_refuses():
+    for wrong in (torch.tensor([1, 2]), torch.tensor([1.0, torch.inf])):
+        with pytest.raises(ValueError, match=r"W: got torch\.\w+ or NaN or infinity"):
+            lf.nf4(wrong)
     model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8))
     with pytest.raises(TypeError, match="cfg: got DoRA, expected a LoRA"):
         lf.loftq(model, lf.DoRA())

@@ -134,9 +134,15 @@ def test_ranks_may_differ_where_the_change_is_merged(model):
     exact = lf.combine(terms)
     whole = lf.combine(terms, "svd", rank=10)
     close = lf.combine(terms, "svd")
-    assert close["0.lora.A"].shape == (4, 14)
+    assert close["0.lora.A"].shape == (8, 14)  # a PiSSA of rank 4 is a change of rank 8
     change = exact["0.lora.B"] @ exact["0.lora.A"]
     assert relative(whole["0.lora.B"] @ whole["0.lora.A"], change) < 1e-5
+
+
+def test_at_least_one_entry_stays(model):
+    (one,) = members(model, lf.LoRA(r=2), 1)
+    merged = lf.combine([(one, 1.0)], "magnitude_prune", density=1e-6)
+    assert merged["0.lora.A"].count_nonzero() == merged["0.lora.B"].count_nonzero() == 1
 
 
 def test_refusals(model):
@@ -154,8 +160,11 @@ def test_refusals(model):
         TypeError, match=r"\*\.tied_lora\.A: adapters of tied_lora whose sites share"
     ):
         lf.combine([(tied[0], 1.0), (tied[1], 1.0)])
-    with pytest.raises(ValueError, match="single adapters of single weights; unstack them first"):
-        lf.combine([(lf.stack([one, one]), 1.0)], "svd")
+    for method in ("svd", "linear"):
+        with pytest.raises(ValueError, match="single adapters of single weights; unstack them"):
+            lf.combine([(lf.stack([one, one]), 1.0)], method)
+    with pytest.raises(ValueError, match="weight: got nan"):
+        lf.combine([(one, float("nan")), (one, 1.0)])
     for settings, message in [
         ({"method": "mean"}, "method: got 'mean'"),
         ({"method": "ties"}, "density: got None; 'ties' needs a share of entries to keep"),

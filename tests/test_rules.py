@@ -289,6 +289,17 @@ def test_the_step_of_muon_has_the_size_that_is_asked_for():
         torch.testing.assert_close(singular, torch.full_like(singular, lr / 2), rtol=1e-3, atol=0)
 
 
+def test_the_first_step_of_muon_points_where_rites_does():
+    A, B, G = (torch.randn(s, dtype=torch.float64) for s in ((4, 12), (10, 4), (10, 12)))
+    params = {".lora.A": A, ".lora.B": B, ".lora._scale": torch.tensor(1.5)}
+    grads = {".lora.A": 1.5 * B.T @ G, ".lora.B": 1.5 * G @ A.T}
+    muon, _ = rules.lora_muon(params, grads)
+    rite, _ = rules.lora_rite(params, grads, eps=1e-12, skip=1e9, clip=1e9)
+    for key in grads:
+        ours, theirs = (after[key] - params[key] for after in (muon, rite))
+        assert relative(ours / ours.norm(), theirs / theirs.norm()) < 1e-3
+
+
 def test_the_decay_of_muon_acts_on_the_product():
     A, B = (torch.randn(s, dtype=torch.float64) for s in ((4, 12), (10, 4)))
     params = {".lora.A": A, ".lora.B": B, ".lora._scale": torch.tensor(2.0)}
@@ -407,6 +418,9 @@ def test_rates_of_lora_plus(model):
         "1.dora.B": 4e-3,
         "1.dora.m": 4e-3,
     }
+    head = lf.init(model, lf.Full(target_parameters="^3"), dtype=torch.float64)
+    assert rules.lora_plus(head | params, 1e-3, 4.0)["3.full.bias"] == 4e-3
+    assert rules.lora_plus(head | params, 1e-3, 4.0)["3.full.weight"] == 1e-3
     stacked = lf.stack([params, params])
     rates = rules.lora_plus(stacked, torch.tensor([1e-3, 1e-2]), 4.0)
     torch.testing.assert_close(rates["1.dora.B"], torch.tensor([4e-3, 4e-2]).reshape(2, 1, 1))
@@ -415,8 +429,11 @@ def test_rates_of_lora_plus(model):
 
 def test_refusals(model, batch):
     params = lf.init(model, lf.IA3(target_modules="0"))
-    with pytest.raises(ValueError, match="no site has trained factors A and B and a scale"):
+    with pytest.raises(ValueError, match="no site has trained factors A and B, nothing between"):
         rules.riemannian(params, {})
+    for cfg in (lf.AdaLoRA(r=2), lf.KaSA(r=2)):  # whose product is not B A
+        with pytest.raises(ValueError, match="nothing between them"):
+            rules.balance(lf.init(model, cfg))
     (params,) = adapters(model)
     with pytest.raises(ValueError, match=r"0\.lora\.A: has no gradient; LoRA-Muon moves both"):
         rules.lora_muon(params, {})
@@ -430,3 +447,98 @@ def test_refusals(model, batch):
         rules.lora_plus(params, 1e-3, -1)
     with pytest.raises(ValueError, match="beta: got 1"):
         rules.lora_muon(params, {}, beta=1)
+    grads = gradients_of(model, params, batch)
+    with pytest.raises(ValueError, match=r"decay: got 1.0; times lr = 2.0 it must stay below 1"):
+        rules.lora_muon(params, grads, lr=2.0, decay=1.0)
+    for step in (rules.lora_muon, rules.lora_rite):
+        with pytest.raises(ValueError, match=r"lr: got -1.0, expected numbers above 0"):
+            step(params, grads, lr=-1.0)
+    stacked = {key: torch.stack([g, g, g]) for key, g in grads.items()}
+    with pytest.raises(ValueError, match=r"rules: got 2 for a stack of \[3\] adapters"):
+        rules.per_member([None, None])(lf.stack([params] * 3), stacked)
+    with pytest.raises(TypeError, match="rates: got tensors; torch's groups take one number"):
+        rules.groups(params, rules.lora_plus(params, torch.tensor([1e-3]), 2.0))
+
+
+def test_experts_and_layers_are_not_mixed():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.layer = nn.Parameter(torch.randn(3, 6, 5)), nn.Linear(5, 6)
+
+    model = Experts()
+    cfg = [lf.LoRA(r=2, target_modules=(), target_parameters="^w$"), lf.LoRA(r=2)]
+    params = lf.init(model, cfg)
+    grads = {key: torch.randn_like(leaf) for key, leaf in lf.partition(params)[0].items()}
+    with pytest.raises(ValueError, match="belongs to stacked weights, and"):
+        rules.lora_rite(params, grads)
+    assert rules.riemannian(params, grads).keys() == grads.keys()
+
+
+@pytest.mark.parametrize("rule", [rules.lora_fa, rules.lora_pro], ids=lambda rule: rule.__name__)
+def test_a_rank_above_the_width_is_no_noise(rule):
+    """In float32 as in float64, though the Gram matrix of A is singular."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        A, B, G = (
+            torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)
+            for s in ((8, 4), (16, 8), (16, 4))
+        )
+        params = {".lora.A": A, ".lora.B": B, ".lora._scale": torch.tensor(2.0)}
+        made = rule(params, {".lora.A": 2 * B.T @ G, ".lora.B": 2 * G @ A.T})
+        found[dtype] = 2 * made[".lora.B"] @ A
+        if rule is rules.lora_pro:
+            found[dtype] = found[dtype] + 2 * B @ made[".lora.A"]
+        torch.testing.assert_close(found[dtype], G, rtol=1e-3, atol=1e-4)  # A spans all inputs
+
+
+def test_balance_leaves_ranks_above_a_width_alone():
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4)).double()
+    (params,) = adapters(model, cfg=lf.LoRA(r=8))
+    balanced = rules.balance(params)
+    assert torch.equal(balanced["1.lora.B"], params["1.lora.B"])
+    A, B = balanced["0.lora.A"], balanced["0.lora.B"]
+    torch.testing.assert_close(A @ A.mT, B.mT @ B)
+
+
+def padded_stack(members, like):
+    """Gradients of members of different ranks as those of their stack."""
+    return {
+        key: torch.stack([filled(own[key], like[key][0]) for own in members]) for key in members[0]
+    }
+
+
+def filled(small, like):
+    made = torch.zeros_like(like)
+    made[: small.shape[0], : small.shape[1]] = small
+    return made
+
+
+def assert_first(stacked, alone):
+    for key, leaf in alone.items():
+        first = stacked[key][0][: leaf.shape[0], : leaf.shape[1]]
+        assert relative(first, leaf) < 1e-6, key
+
+
+def test_padded_ranks_change_no_relative_damping(model, batch):
+    members = [adapters(model, cfg=lf.LoRA(r=2))[0], adapters(model)[0]]
+    stacked = lf.stack(members)
+    each = [gradients_of(model, one, batch) for one in members]
+    settings = {"rho": 0.1, "relative": True}
+    together = rules.riemannian(stacked, padded_stack(each, stacked), **settings)
+    assert_first(together, rules.riemannian(members[0], each[0], **settings))
+
+
+def test_padded_ranks_change_no_step_of_rite(model, batch):
+    members = [adapters(model, cfg=lf.LoRA(r=2))[0], adapters(model)[0]]
+    alone, stacked, state = (
+        run(model, members[0], batch, rules.lora_rite, steps=6, lr=1e-2),
+        lf.stack(members),
+        None,
+    )
+    for _ in range(6):
+        each = [gradients_of(model, one, batch) for one in lf.unstack(stacked)]
+        grads = padded_stack(each, stacked)
+        stacked, state = rules.lora_rite(stacked, grads, state, lr=1e-2)
+    assert_first(stacked, lf.partition(alone)[0])

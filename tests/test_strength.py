@@ -92,6 +92,33 @@ def test_refusals(model, batches):
         lf.calibrate_strength(model.train(), start, batches, target_kl=0.1)
 
 
+def test_a_masked_class_counts_nothing():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.inner(x).index_fill(-1, torch.tensor([1]), -torch.inf)
+
+    model, x = Masked().eval(), torch.randn(6, 4)
+    params = scramble(lf.init(model, lf.LoRA(r=2)))
+    found, _ = lf.calibrate_strength(model, params, [x], target_kl=0.05)
+    base, other = model(x).softmax(-1), lf.fcall(model, found, x).softmax(-1)
+    kl = torch.special.xlogy(base, base / other.clamp_min(1e-30)).sum(-1).mean().item()
+    assert kl == pytest.approx(0.05, rel=0.02)
+
+
+def test_what_no_strength_can_change():
+    model, x = nn.Sequential(nn.Linear(4, 1)).eval(), torch.randn(6, 4)
+    params = scramble(lf.init(model, lf.LoRA(r=2)))
+    with pytest.raises(TypeError, match=r"model: gave \(6, 1\), expected logits"):
+        lf.calibrate_strength(model, params, [x], target_kl=0.1)
+    params["0.lora._scale"] = torch.zeros(())
+    with pytest.raises(ValueError, match="params: every coefficient is zero"):
+        lf.calibrate_strength(model, params, [x], target_kl=0.1)
+
+
 def test_plain_outputs_are_logits():
     model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(6, 4)
     params = scramble(lf.init(model, lf.LoRA(r=2)))

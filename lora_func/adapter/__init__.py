@@ -9,7 +9,7 @@ from lora_func.adapter._keys import RANK, SHARED, Key, as_trainable, group, pars
 from lora_func.adapter._merging import METHODS
 from lora_func.adapter._project import project
 from lora_func.adapter._schema import check_leaves, check_required, check_site
-from lora_func.adapter._stack import holds_stack, size_of, stack, unstack
+from lora_func.adapter._stack import holds_stack, pad_axes, size_of, stack, unstack
 from lora_func.adapter._summary import end_of_path, summary
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "end_of_path",
     "group",
     "holds_stack",
+    "pad_axes",
     "parse",
     "partition",
     "project",

@@ -10,8 +10,9 @@ from torch import Tensor
 from lora_func.adapter._keys import SHARED, Key, as_trainable, group, parse
 from lora_func.adapter._merging import Merging, Method, merging_of
 from lora_func.adapter._schema import check_leaves
+from lora_func.checks import check_number
 from lora_func.numerics import DROPOUT, at_least_float32, svd
-from lora_func.variant import LowRankFn, Params, rank_of
+from lora_func.variant import LowRankFn, Params
 from lora_func.variants import by_name, lora
 
 Term: TypeAlias = tuple[str, dict[str, Tensor], float]
@@ -49,7 +50,8 @@ def combine(
         density: The share of entries that pruning keeps, above 0 and at most 1.
         majority: Whether "ties" elects the sign of an entry by the sum of its values, or by their
             number.
-        rank: The rank of the result of a method with "svd"; None for the largest of the terms.
+        rank: The rank of the result of a method with "svd"; None for the largest of those of the
+            terms' changes, which is 2r for a start that is subtracted.
         seed: From which the entries that "dare" drops follow.
 
     Returns:
@@ -72,7 +74,8 @@ def combine(
     if not terms:
         raise ValueError("terms: got none")
     merge = merging_of(method, density, majority, rank, seed)
-    for params, _ in terms:
+    for params, weight in terms:
+        check_number("weight", weight)
         check_leaves(params)
     if len(terms) == 1 and terms[0][1] == 1 and method == "sum":
         return {
@@ -125,8 +128,7 @@ def _of_changes(site: str, here: Sequence[Term], merge: Merging, rank: int | Non
         raise ValueError(f"{site}: takes single adapters of single weights; unstack them first")
     changes = [at_least_float32(B) @ at_least_float32(A) for A, B in joined]
     merged = merge(changes, [weight for _, _, weight in here], site)
-    widest = max(rank_of(by_name(name), leaves) for name, leaves, _ in here)
-    r = min(rank or widest, *merged.shape)
+    r = min(rank or max(len(A) for A, _ in joined), *merged.shape)
     U, S, Vh = svd(merged, r)
     dropout = _common_dropout(site, [leaves for _, leaves, _ in here])
     first = joined[0][0]
@@ -173,10 +175,12 @@ def _of_factors(site: str, here: Sequence[Term], merge: Merging) -> Params:
     """PEFT's way with factors: each gets the root of the weight and of the scale, A the sign."""
     each = [leaves for _, leaves, _ in here]
     shapes = {tuple(one["A"].shape) for one in each}
-    if len(shapes) > 1 or any(one["A"].ndim != 2 for one in each):
+    if any(one["A"].ndim != 2 for one in each):
+        raise ValueError(f"{site}: takes single adapters of single weights; unstack them first")
+    if len(shapes) > 1:
         raise ValueError(
-            f"{site}: A has shapes {sorted(shapes)}; factors of one rank can be merged, of single "
-            'adapters; a method with "_svd" takes any ranks'
+            f"{site}: A has shapes {sorted(shapes)}; factors of one rank can be merged; a method "
+            'with "_svd" takes any ranks'
         )
     scaled = [weight * one["_scale"].item() for one, (_, _, weight) in zip(each, here, strict=True)]
     roots = [math.sqrt(abs(weight)) for weight in scaled]

@@ -66,7 +66,7 @@ class Merging(NamedTuple):
         if self.density is None or self.density >= 1:
             return tensor
         if not self.method.startswith("dare"):
-            kept = tensor.abs().flatten().topk(int(self.density * tensor.numel())).indices
+            kept = tensor.abs().flatten().topk(max(1, int(self.density * tensor.numel()))).indices
             mask = torch.zeros_like(tensor).flatten().index_fill(0, kept, 1)
             return tensor * mask.view_as(tensor)
         digest = hashlib.sha256(f"{self.seed}/{place}/{i}".encode()).digest()

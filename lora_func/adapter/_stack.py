@@ -54,7 +54,7 @@ def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
         for leaf, key in keys.items():
             leaves = [adapter[key] for adapter in adapters]
             if leaf in padded:
-                leaves = [_pad(tensor, padded[leaf], max(ranks)) for tensor in leaves]
+                leaves = [pad_axes(tensor, padded[leaf], max(ranks)) for tensor in leaves]
             if key not in stacked:
                 stacked[key] = _stacked(key, leaves)
         if mixed:
@@ -160,7 +160,8 @@ def _check_same_keys(adapters: Sequence[Mapping[str, Tensor]]) -> None:
         )
 
 
-def _pad(leaf: Tensor, axes: Sequence[int], rank: int) -> Tensor:
+def pad_axes(leaf: Tensor, axes: Sequence[int], rank: int) -> Tensor:
+    """Fill the rank axes of a leaf, counted from the end, with zeros up to a rank."""
     for axis in axes:
         leaf = F.pad(leaf, [0] * (2 * -axis - 1) + [rank - leaf.shape[axis]])
     return leaf

@@ -49,7 +49,12 @@ def nf4(W: Tensor) -> Tensor:
 
     Returns:
         The rounded weight, with the same shape and dtype.
+
+    Raises:
+        ValueError: If W is not floating-point, or not finite.
     """
+    if not W.is_floating_point() or not W.isfinite().all():
+        raise ValueError(f"W: got {W.dtype} or NaN or infinity, expected finite floats")
     flat = at_least_float32(W).flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
@@ -115,7 +120,8 @@ def loftq(
         W = at_least_float32(dense(found).detach())
         Q, A, B = _in_turns(W, cfg.at(target.site), iters, quantise)
         stored = Q.mT if is_conv1d(module) else Q
-        weights[f"{target.site}.weight"] = stored.contiguous().to(dense(found).dtype)
+        name = f"{target.site}.weight" if target.site else "weight"
+        weights[name] = stored.contiguous().to(dense(found).dtype)
         for leaf, factor in (("A", A), ("B", B)):
             key = str(Key(target.site, str(cfg.variant), leaf))
             params[key] = factor.contiguous().to(params[key]).requires_grad_()

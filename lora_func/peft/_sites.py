@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_func.adapter import group
+from lora_func.adapter import group, pad_axes
 from lora_func.modules import find_site, original_parameters, shared_parameters
 from lora_func.peft._checkpoint import BASE
 from lora_func.peft._formats import layer_of, sizes_of, writable_format
 from lora_func.peft._tied import mirrored
-from lora_func.variant import PeftFormat, Variant
+from lora_func.variant import PeftFormat, Variant, rank_of
 from lora_func.variants import by_name
 from lora_func.weights import weight_at
 
@@ -76,6 +76,7 @@ def peft_sites(
             trained[path] = own
         else:
             sites += _of_one(model, path, variant, own)
+    sites = _with_one_rank(model, sites)
     return _with_stems(model, _with_both_projections(model, sites)), trained
 
 
@@ -107,6 +108,24 @@ def _site(model: nn.Module, path: str, variant: Variant, leaves: Mapping[str, Te
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return PeftSite(path, path, variant.name, found, own, settings, sizes)
+
+
+def _with_one_rank(model: nn.Module, sites: Sequence[PeftSite]) -> list[PeftSite]:
+    """Pad the leaves of sites to the largest rank, where PEFT has one for all."""
+    ranks = [rank_of(by_name(site.variant), site.leaves) for site in sites if site.format.one_rank]
+    padded = []
+    for site in sites:
+        axes = by_name(site.variant).rank_axes
+        if site.format.one_rank and rank_of(by_name(site.variant), site.leaves) < max(ranks):
+            leaves = {
+                leaf: pad_axes(tensor, axes.get(leaf, ()), max(ranks))
+                for leaf, tensor in site.leaves.items()
+            }
+            d_out, d_in = weight_at(model, site.path).weight.shape[-2:]
+            settings = site.format.settings_at(leaves, (d_out, d_in), site.sizes)
+            site = site._replace(leaves=leaves, settings=settings)
+        padded.append(site)
+    return padded
 
 
 def _at_tied(

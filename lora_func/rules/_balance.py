@@ -52,6 +52,8 @@ def balance(params: Mapping[str, Tensor], *, aligned: bool = True) -> Params:
 
 
 def _balanced(A: Tensor, B: Tensor, aligned: bool) -> tuple[Tensor, Tensor]:
+    if A.shape[-2] > min(A.shape[-1], B.shape[-2]):
+        return A, B
     (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
     root = S.sqrt()

@@ -35,6 +35,23 @@ def _damped(gram: Tensor, damping: float | Tensor) -> Tensor:
     return inverse
 
 
+def _inverse(gram: Tensor, delta: float, eps: float) -> Tensor:
+    """Invert a Gram matrix with little damping; a direction that rounding alone spans counts as 0.
+
+    A LoRA may have a rank above its widths, or dependent rows: the damping is then below what
+    float32 resolves.
+
+    Returns:
+        Shape (..., r, r).
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    least = max((10 * eps) ** 2, 10 * gram.shape[-1] * torch.finfo(gram.dtype).eps)
+    is_real = values > least * values[..., -1:].clamp_min(0)
+    inverted = torch.where(is_real, 1 / (values.clamp_min(0) + delta), 0)
+    inverse: Tensor = vectors * inverted[..., None, :] @ vectors.mT
+    return inverse
+
+
 def lora_fa(
     params: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, delta: float = 1e-8
 ) -> Params:
@@ -60,8 +77,11 @@ def lora_fa(
     check_number("delta", delta, above=0)
 
     def change(pair: Pair, gA: Tensor | None, gB: Tensor | None) -> dict[str, Tensor]:
-        A, _, s = pair.factors(params)
-        return {} if gB is None else {pair.B: gB @ _damped(A @ A.mT, delta) / s**2}
+        if gB is None:
+            return {}
+        (A, _, s), eps = pair.factors(params), torch.finfo(gB.dtype).eps
+        A = A.double()
+        return {pair.B: gB.double() @ _inverse(A @ A.mT, delta, eps) / s**2}
 
     return _on_pairs(params, grads, change)
 
@@ -100,7 +120,8 @@ def riemannian(
     check_number("rho", rho, above=0)
 
     def inverse(gram: Tensor) -> Tensor:
-        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)  # zero at padded ranks
+        size = (diagonal.sum(-1) / diagonal.count_nonzero(-1).clamp_min(1))[..., None, None]
         tiny = torch.finfo(gram.dtype).tiny ** 0.5
         return _damped(gram, (rho * size).clamp_min(tiny) if relative else rho)
 
@@ -138,11 +159,12 @@ def lora_pro(
     check_number("delta", delta, above=0)
 
     def change(pair: Pair, gA: Tensor | None, gB: Tensor | None) -> dict[str, Tensor]:
-        A, B, s = pair.factors(params)
         if gA is None or gB is None:
             return {k: g for k, g in ((pair.A, gA), (pair.B, gB)) if g is not None}
+        eps = torch.finfo(gB.dtype).eps
+        A, B, s, gA, gB = (t.double() for t in (*pair.factors(params), gA, gB))
         of_A, of_B = A @ A.mT, B.mT @ B
-        inverse_A, inverse_B = _damped(of_A, delta), _damped(of_B, delta)
+        inverse_A, inverse_B = (_inverse(gram, delta, eps) for gram in (of_A, of_B))
         plain_A = inverse_B @ gA / s**2
         plain_B = (gB - B @ (inverse_B @ (B.mT @ gB))) @ inverse_A / s**2
         X = _sylvester(of_B, of_A, -plain_A @ A.mT, delta)

@@ -50,16 +50,47 @@ def pairs_of(params: Mapping[str, Tensor]) -> list[Pair]:
     """
     found = []
     for (_, name), keys in group(params).items():
-        axes = by_name(name).leaves
-        is_pair = (axes.get("A"), axes.get("B")) == ("r d_in", "d_out r")
+        axes = {leaf: axes for leaf, axes in by_name(name).leaves.items() if leaf[0] != "_"}
+        between = [leaf for leaf, own in axes.items() if "r" in own.split() and leaf not in "AB"]
+        is_pair = (axes.get("A"), axes.get("B")) == ("r d_in", "d_out r") and not between
         if is_pair and "_scale" in keys:
             found.append(Pair(keys["A"], keys["B"], keys["_scale"]))
     if not found:
         raise ValueError(
-            "params: no site has trained factors A and B and a scale; this rule is for LoRA and "
-            "variants that differ from it in their start"
+            "params: no site has trained factors A and B, nothing between them, and a scale; this "
+            "rule is for LoRA, its starts and DoRA"
         )
     return found
+
+
+def check_one_kind(leaves: Mapping[str, Tensor]) -> None:
+    """Check that all leaves have as many axes, where sites are looked at together.
+
+    Raises:
+        ValueError: If some are of stacked experts and others are not.
+    """
+    by_axes = {leaf.ndim: key for key, leaf in leaves.items()}
+    if len(by_axes) > 1:
+        few, many = by_axes[min(by_axes)], by_axes[max(by_axes)]
+        raise ValueError(
+            f"{many}: belongs to stacked weights, and {few} does not; this rule looks at all sites "
+            "together, and takes them apart: give it one kind at a time"
+        )
+
+
+def rates_of(lr: float | Tensor, like: Tensor) -> Tensor:
+    """Shape a learning rate, or one for each adapter (K,), to fit a leaf.
+
+    Returns:
+        Shape (), or (K, 1, ...).
+
+    Raises:
+        ValueError: If a rate is not positive.
+    """
+    rates = torch.as_tensor(lr, dtype=like.dtype, device=like.device)
+    if not bool((rates > 0).all()):
+        raise ValueError(f"lr: got {lr!r}, expected numbers above 0")
+    return rates.reshape(rates.shape + (1,) * (like.ndim - rates.ndim)) if rates.ndim else rates
 
 
 def gradients(params: Mapping[str, Tensor]) -> Params:
@@ -102,6 +133,9 @@ def per_member(rules: Sequence[GradientRule | None]) -> GradientRule:
 
     def rule(params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Params:
         results = []
+        sizes = {len(leaf) for leaf in grads.values()}
+        if sizes - {len(rules)}:
+            raise ValueError(f"rules: got {len(rules)} for a stack of {sorted(sizes)} adapters")
         for i, own in enumerate(rules):
             member = {key: leaf[i] for key, leaf in grads.items()}
             at = {key: leaf[i] for key, leaf in params.items()}

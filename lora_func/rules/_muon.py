@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_func.adapter import as_trainable
 from lora_func.checks import check_number
-from lora_func.rules._leaves import pairs_of, wide
+from lora_func.rules._leaves import pairs_of, rates_of, wide
 from lora_func.variant import Params
 
 _FLOOR = 1e-5
@@ -49,6 +49,8 @@ def lora_muon(
             gradient.
     """
     check_number("decay", decay)
+    if decay and bool((decay * torch.as_tensor(lr) >= 1).any()):
+        raise ValueError(f"decay: got {decay!r}; times lr = {lr!r} it must stay below 1")
     check_number("beta", beta)
     if not 0 <= beta < 1:
         raise ValueError(f"beta: got {beta!r}, expected at least 0 and below 1")
@@ -57,12 +59,11 @@ def lora_muon(
     with torch.no_grad():
         for pair in pairs_of(params):
             A, B, s = pair.factors(params)
-            eta = torch.as_tensor(lr, dtype=A.dtype, device=A.device)
-            eta = eta.reshape(eta.shape + (1,) * (A.ndim - eta.ndim)) if eta.ndim else eta
+            eta = rates_of(lr, A)
             for key in pair[:2]:
                 if key not in grads:
                     raise ValueError(f"{key}: has no gradient; LoRA-Muon moves both factors")
-                before = 0.0 if state is None else state[key]
+                before = state[key] if state else 0.0
                 means[key] = beta * before + (1 - beta) * wide(grads[key])
             root_A, root_B = _inverse_root(A @ A.mT), _inverse_root(B.mT @ B)
             step_A = root_B @ _msign(means[pair.A].mT @ root_B).mT

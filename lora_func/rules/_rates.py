@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_func.adapter import group, parse
+from lora_func.adapter import group, holds_stack, parse
 from lora_func.checks import check_number
 from lora_func.modules import find_site
 from lora_func.variants import by_name
@@ -42,13 +42,17 @@ def lora_plus(
     if not isinstance(lr, Tensor):
         check_number("lr", lr, above=0)
     rates: dict[str, Any] = {}
+    stacked = holds_stack(params)
     for (site, name), keys in group(params).items():
         axes = by_name(name).axes
         is_embedding = model is not None and _is_embedding(model, site)
         for leaf, key in keys.items():
             if parse(key).is_constant:
                 continue
-            is_fast = leaf == "B" or len(axes.get(leaf, [()])[0]) == 1
+            if not is_embedding and key in rates:
+                continue  # a leaf that an embedding shares
+            own = len(axes[leaf][0]) if leaf in axes else params[key].ndim - stacked
+            is_fast = leaf == "B" or own == 1
             rate = embedding_lr if is_embedding else lr * ratio if is_fast else lr
             if isinstance(rate, Tensor):
                 rate = rate.reshape(-1, *[1] * (params[key].ndim - 1))
@@ -75,6 +79,7 @@ def groups(
 
     Raises:
         KeyError: If a rate belongs to no leaf.
+        TypeError: If a rate is a tensor.
 
     Example:
         >>> import torch, lora_func as lf
@@ -85,6 +90,8 @@ def groups(
         [0.0001, 0.0016]
         >>> optimizer = torch.optim.AdamW(grouped)
     """
+    if any(isinstance(rate, Tensor) for rate in rates.values()):
+        raise TypeError("rates: got tensors; torch's groups take one number for each leaf")
     if unknown := rates.keys() - params.keys():
         raise KeyError(f"rates: {sorted(unknown)[0]!r} is no key of the adapter")
     return [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_func.adapter import as_trainable
-from lora_func.rules._leaves import Pair, pairs_of, wide
+from lora_func.rules._leaves import Pair, check_one_kind, pairs_of, rates_of, wide
 from lora_func.variant import Params
 
 
@@ -15,7 +15,7 @@ def lora_rite(
     grads: Mapping[str, Tensor],
     state: Mapping[str, Tensor] | None = None,
     *,
-    lr: float = 1e-3,
+    lr: float | Tensor = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     clip: float = 1.0,
@@ -33,21 +33,24 @@ def lora_rite(
         params: An adapter, or a stack; it does not change.
         grads: Its gradients.
         state: What the step before returned; None at the first step.
-        lr: The learning rate.
+        lr: The learning rate; for a stack possibly one for each adapter, shape (K,).
         betas: The decays of the first and the second moment.
         eps: What is added to the root of the second moment.
         clip: The largest norm of the gradients of all factors of one adapter together, in the
             orthonormal coordinates.
-        skip: A factor whose gradient has a larger root mean square is left out of the step.
+        skip: A gradient in these coordinates with a larger root mean square counts as zero; the
+            moments still move the factor.
 
     Returns:
         (params, state): the adapter after the step, and its moments and bases.
 
     Raises:
-        ValueError: If no site has factors, or a factor has no gradient.
+        ValueError: If no site has factors, a factor has no gradient, lr is not positive, or some
+            sites are stacked experts and others are not.
     """
     with torch.no_grad():
         pairs, before = pairs_of(params), state or {}
+        check_one_kind({key: params[key] for pair in pairs for key in pair[:2]})
         found = {
             key: side for pair in pairs for key, side in _sides(pair, params, grads, skip).items()
         }
@@ -62,7 +65,7 @@ def lora_rite(
             m, v = _moments(u * shrink, basis, old, t, betas, eps)
             after |= {f"{key}/m": m, f"{key}/v": v, f"{key}/basis": basis}
             step = m @ inverse.mT
-            moved = params[key] - lr * (step.mT if key.endswith(".A") else step)
+            moved = params[key] - rates_of(lr, step) * (step.mT if key.endswith(".A") else step)
             made[key] = moved.to(params[key].dtype)
     return {**params, **as_trainable(made)}, after
 
@@ -81,6 +84,7 @@ def _sides(
         (pair.B, wide(grads[pair.B]), A.mT),
     ):
         basis, R = torch.linalg.qr(other)
+        basis = basis * other.any(-2, keepdim=True)  # without the arbitrary part of padded ranks
         inverse = torch.linalg.pinv(R)
         u = gradient @ inverse
         is_large = u.square().mean((-2, -1), keepdim=True).sqrt() > skip

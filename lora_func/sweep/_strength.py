@@ -31,8 +31,8 @@ def calibrate_strength(
     The strength multiplies the coefficient (``_coeff``) of each site, or its scale (``_scale``). It
     is doubled from 1 on until the distance is reached, and then found by bisection, for K adapters
     at once. The distance is the mean over all tokens of KL(base ‖ adapted), in nats; tokens that
-    ``attention_mask`` pads are left out. Where it does not grow steadily, one of the strengths at
-    which it is reached is found.
+    ``attention_mask`` of a mapping pads are left out. Where it does not grow steadily, one of the
+    strengths at which it is reached is found.
 
     Args:
         model: The model, in eval mode, whose output or ``output.logits`` are logits (..., classes).
@@ -69,6 +69,8 @@ def calibrate_strength(
     k = stack_size(model, params)
     members = dict(params) if k is not None else stack([params])
     keys = _coefficients(members)
+    if all(not members[key].any() for key in keys):
+        raise ValueError("params: every coefficient is zero, and no strength changes it")
     with torch.no_grad():
         base = [(batch, _log_probabilities(_call(model, batch))) for batch in data]
         if not base:
@@ -113,9 +115,12 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 def _log_probabilities(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or not logits.ndim:
-        raise TypeError(f"model: gave a {type(output).__name__}, expected logits")
-    return logits.float().log_softmax(-1)
+    is_tensor = isinstance(logits, Tensor) and logits.is_floating_point()
+    if not is_tensor or not logits.ndim or logits.shape[-1] < 2:
+        found = tuple(logits.shape) if is_tensor else type(output).__name__
+        raise TypeError(f"model: gave {found}, expected logits (..., classes) of several classes")
+    logged: Tensor = logits.float().log_softmax(-1)
+    return logged
 
 
 def _distance(
@@ -135,7 +140,8 @@ def _distance(
 def _divergence(expected: Tensor, mask: Tensor) -> Callable[[Any, Any], Tensor]:
     def divergence(output: Any, batch: Any) -> Tensor:
         found = _log_probabilities(output)
-        each = (expected.exp() * (expected - found)).sum(-1)
+        each = expected.exp() * (expected - found)
+        each = each.masked_fill(expected == -torch.inf, 0).sum(-1)
         return (each * mask.to(each)).sum()
 
     return divergence

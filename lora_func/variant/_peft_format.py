@@ -128,6 +128,7 @@ class PeftFormat(NamedTuple):
         shared: Leaf under ``*`` -> the full name of its tensor.
         by_channels: True if ``settings`` takes the channels of a convolution as the shape, without
             the axes of the kernel.
+        one_rank: True if PEFT has one rank for all sites: smaller ones are written with zeros.
         lowers_rank: True if PEFT takes a lower rank than the config's where a weight is small.
         numbered: The name of a tensor that PEFT stores with the number of its site, in the order of
             the model, in place of the path.
@@ -157,6 +158,7 @@ class PeftFormat(NamedTuple):
     lists: Callable[[Sequence[str]], Any] = regular_expression
     shared: Mapping[str, str] = {}
     by_channels: bool = False
+    one_rank: bool = False
     lowers_rank: bool = False
     numbered: str | None = None
     lists_of: Collection[str] = ()

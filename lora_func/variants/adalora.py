@@ -165,6 +165,7 @@ VARIANT = Variant(
                 *("orth_reg_weight", "rank_pattern", "init_lora_weights", "use_rslora"),
                 *_low_rank.PEFT_LORA.ignored,
             ),
+            one_rank=True,
             layers=("Linear", "Conv1D"),
         ),
     ),

@@ -12,8 +12,8 @@ References:
 
 Deviations: PEFT stores the new rows, here their difference from the old ones is trained: the result
 of a step is the same, weight decay pulls to the old row. PEFT lets the last of equal ids win; they
-are refused. A row at ``padding_idx`` never changes, as in torch. The learning rate is that of a
-full fine-tuning of embeddings or higher.
+are refused. A row at ``padding_idx`` never changes in an embedding, as in torch; in a tied head its
+logit does. The learning rate is that of a full fine-tuning of embeddings or higher.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,6 +53,8 @@ class TrainableTokens(LinearConfig):
 
     def __post_init__(self) -> None:
         ids = self.token_ids
+        if not isinstance(ids, Sequence):
+            raise TypeError(f"token_ids: got {type(ids).__name__}, expected a list of integers")
         whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
         if not ids or not whole or len({*ids}) < len(ids):
             raise ValueError(f"token_ids: got {ids!r}, expected different integers of at least 0")

@@ -125,28 +125,9 @@ CASES = [
         fit=lambda d_in, d_out, r: (8 * d_in, 8 * d_out, 2 * r),
     ),
     Case("rslora", lambda r: lf.LoRA(r=r, alpha=5.0, rslora=True), dead=A),
-    Case("lora-gaussian", lambda r: lf.LoRA(r=r, start="gaussian"), dead=A),
-    Case("lora-orthogonal", lambda r: lf.LoRA(r=r, start="orthogonal"), start="close", **TWICE),
     Case("olora", lambda r: lf.OLoRA(r=r, alpha=3.0)),
-    Case("milora", lambda r: lf.MiLoRA(r=r, alpha=3.0)),
     Case("mica", lambda r: lf.MiCA(r=r, alpha=3.0)),
-    *(
-        Case(
-            f"corda-{method}",
-            lambda r, m=method: lf.CorDA(r=r, method=m, root=m == "kpm"),
-            data="inputs",
-        )
-        for method in ("ipm", "kpm")
-    ),
-    Case("lora-ga", lambda r: lf.LoRAGA(r=r), data="gradients", **HALF_RANK),
-    Case(
-        "lora-ga-peft",
-        lambda r: lf.LoRAGA(r=r, direction="random", scale_by="weight_svd", peft_compat=True),
-        data="gradients",
-        **HALF_RANK,
-    ),
     Case("lora-one", lambda r: lf.LoRAOne(r=r), data="gradients", start="elsewhere"),
-    Case("lora-one-start", lambda r: lf.LoRAOne(r=r, step=False), data="gradients"),
     Case("miss", lambda r: lf.MiSS(r=r)),
     Case("miss-mini", lambda r: lf.MiSS(r=r, form="mini", mini_r=2), **TWICE),
     Case(
@@ -205,6 +186,29 @@ CASES = [
     ),
     Case("vera", lambda r: lf.VeRA(r=r), dead=frozenset({"lambda_d"})),
 ]
+
+OF_STARTS = [
+    Case("lora-gaussian", lambda r: lf.LoRA(r=r, start="gaussian"), dead=A),
+    Case("lora-orthogonal", lambda r: lf.LoRA(r=r, start="orthogonal"), start="close", **TWICE),
+    Case("milora", lambda r: lf.MiLoRA(r=r, alpha=3.0)),
+    *(
+        Case(
+            f"corda-{method}",
+            lambda r, m=method: lf.CorDA(r=r, method=m, root=m == "kpm"),
+            data="inputs",
+        )
+        for method in ("ipm", "kpm")
+    ),
+    Case("lora-ga", lambda r: lf.LoRAGA(r=r), data="gradients", **HALF_RANK),
+    Case(
+        "lora-ga-peft",
+        lambda r: lf.LoRAGA(r=r, direction="random", scale_by="weight_svd", peft_compat=True),
+        data="gradients",
+        **HALF_RANK,
+    ),
+    Case("lora-one-start", lambda r: lf.LoRAOne(r=r, step=False), data="gradients"),
+]
+"""For the laws alone: after the start they are "lora", "olora" and "lora-one"."""
 
 OF_TOKENS = [
     Case(

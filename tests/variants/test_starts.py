@@ -16,12 +16,18 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.testing import layers
-from tests.support.cases import CASES
+from tests.support.cases import CASES, OF_STARTS
+from tests.support.models import batch_for
 from tests.support.parity import assert_parity, relative, same
+from tests.support.quantised import make_quantised
 
 R, ALPHA = 4, 6.0
 S = ALPHA / R
-STARTS = [case for case in CASES if case.variant.name in ("olora", "milora", "corda", "lora_ga")]
+STARTS = [
+    case
+    for case in (*CASES, *OF_STARTS)
+    if case.variant.name in ("olora", "milora", "corda", "lora_ga")
+]
 
 
 @pytest.fixture
@@ -90,6 +96,30 @@ def test_corda_is_pefts(model, method):
     layer = peft.get_peft_model(theirs, config).base_model.model[0]
     residual = model[0].weight - subtracted(params)
     assert relative(layer.get_base_layer().weight, residual) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        lf.MiLoRA(r=2),
+        lf.OLoRA(r=2),
+        lf.MiCA(r=2),
+        lf.CorDA(r=2),
+        lf.LoRAGA(r=2),
+        lf.LoRAOne(r=2, step=False),
+    ],
+    ids=lambda cfg: type(cfg).__name__,
+)
+def test_the_start_is_exact_on_four_bits(cfg):
+    base = make_quantised("qwen3", "nf4")
+    batches = [batch_for(base, seed=seed) for seed in range(2)]
+    params = lf.init(base, cfg, data=batches if cfg.calibration else None)
+    inputs = {key: t for key, t in batches[0].items() if key != "labels"}
+    assert torch.equal(lf.fcall(base, params, inputs).logits, base(**inputs).logits)
+    with torch.no_grad():
+        for leaf in lf.partition(params)[0].values():
+            leaf += 0.1 * torch.randn_like(leaf)
+    assert not torch.equal(lf.fcall(base, params, inputs).logits, base(**inputs).logits)
 
 
 def test_corda_by_the_root_is_a_projection_of_the_weight(model):

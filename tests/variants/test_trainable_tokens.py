@@ -191,6 +191,7 @@ def test_what_peft_cannot_hold(tmp_path):
     [
         ({"token_ids": []}, r"token_ids: got \[\]"),
         ({"token_ids": [1, 1]}, r"token_ids: got \[1, 1\], expected different integers"),
+        ({"token_ids": 5}, "token_ids: got int, expected a list of integers"),
         ({"token_ids": [-1]}, r"token_ids: got \[-1\]"),
         ({"token_ids": [1], "target_modules": ()}, "target_modules: got no pattern; name the"),
         ({"token_ids": [1], "tied": 1}, "tied: got 1"),

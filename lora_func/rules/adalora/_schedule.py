@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_func.checks import check_count, check_number
+from lora_func.rules._leaves import check_one_kind
 from lora_func.rules.adalora._scores import (
     adalora_sites,
     allocate,
@@ -117,17 +118,18 @@ def update(
         >>> int(params[".adalora.E"].count_nonzero())
         1
     """
-    if state is not None and step != int(state["step"]) + 1:
-        raise ValueError(
-            f"step: got {step} after {int(state['step'])}; call update after each step"
-        )
+    before = -1 if state is None else int(state["step"])
+    if step != before + 1:
+        given = "without a state" if state is None else f"after {before}"
+        raise ValueError(f"step: got {step} {given}; call update after each step, from 0 on")
     sites = adalora_sites(params)
-    start = sum(params[keys["E"]].shape[-1] for keys in sites.values())
-    target = schedule.target_r * len(sites)
-    if target >= start:
+    check_one_kind({keys["E"]: params[keys["E"]] for keys in sites.values()})
+    there = sum(params[keys["A"]].detach().any(-1).sum(-1) for keys in sites.values())
+    starts, target = torch.as_tensor(there), schedule.target_r * len(sites)
+    if target >= starts.min():
         raise ValueError(
             f"target_r: {schedule.target_r} at each of {len(sites)} sites is no fewer than the "
-            f"{start} triplets that there are"
+            f"{int(starts.min())} triplets that there are"
         )
     at = {"step": torch.tensor(step)}
     with torch.no_grad():
@@ -141,7 +143,21 @@ def update(
         is_time = step > schedule.tinit and step % schedule.delta_t == 0
         if not is_time and step != schedule.last:
             return dict(params), {**made, **at}
-        keep = allocate(triplet_scores(params, made), budget(step, schedule, start, target))
+        keep = _kept(triplet_scores(params, made), step, schedule, starts, target)
         if step == schedule.last:
             made = {f"{site}/keep": own for site, own in keep.items()}
         return mask(params, keep), {**made, **at}
+
+
+def _kept(
+    scores: Mapping[str, Tensor], step: int, schedule: Schedule, starts: Tensor, target: int
+) -> dict[str, Tensor]:
+    """The masks of one step; of a stack each adapter has a budget of its own."""
+    every = torch.cat([*scores.values()], -1)
+    if not bool(every.any(-1).all()):
+        raise ValueError(
+            f"step {step}: every score of an adapter is zero, so that all of its triplets would "
+            "go; its gradients are zero, or too small for their dtype"
+        )
+    kept = [budget(step, schedule, start, target) for start in starts.flatten().tolist()]
+    return allocate(scores, torch.tensor(kept).reshape(starts.shape))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_func.adapter import as_trainable, group
+from lora_func.rules._leaves import check_one_kind, wide
 from lora_func.variant import Params
 
 _LEAVES = ("A", "B", "E")
@@ -47,7 +48,7 @@ def importance(
         for key in (keys[leaf] for leaf in _LEAVES):
             if key not in grads:
                 raise ValueError(f"{key}: has no gradient; AdaLoRA scores every trained leaf")
-            size = (params[key].detach() * grads[key]).abs()
+            size = (wide(params[key]) * wide(grads[key])).abs()
             zero = torch.zeros_like(size)
             mean, variation = (
                 zero if state is None else state.get(f"{key}/{name}", zero)
@@ -89,6 +90,7 @@ def allocate(scores: Mapping[str, Tensor], kept: int | Tensor) -> dict[str, Tens
     Raises:
         ValueError: If kept is negative, or above the number of triplets.
     """
+    check_one_kind(scores)
     every = torch.cat([*scores.values()], -1)
     n = every.shape[-1]
     below = n - torch.as_tensor(kept, device=every.device)
@@ -132,9 +134,11 @@ def orthogonality(params: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: If no site is adapted by AdaLoRA.
     """
-    apart = []
-    for keys in adalora_sites(params).values():
+    apart, sites = [], adalora_sites(params)
+    check_one_kind({keys["A"]: params[keys["A"]] for keys in sites.values()})
+    for keys in sites.values():
         A, B = params[keys["A"]], params[keys["B"]]
-        eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
+        is_used = (A.detach().any(-1) | B.detach().any(-2)).to(A.dtype)  # not a padded rank
+        eye = is_used.diag_embed()
         apart += [(A @ A.mT - eye).norm(dim=(-2, -1)), (B.mT @ B - eye).norm(dim=(-2, -1))]
     return torch.stack(apart).mean(0)
