@@ -20,7 +20,7 @@ from probe import groups_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, accuracies, classify, in_epochs, parser_of
+from tasks import Task, accuracies, classify, in_epochs, numbers, parser_of
 from tqdm import tqdm
 
 import lora_func as lf
@@ -86,10 +86,6 @@ def plot(stacked: lf.Params, kept: Sequence[Sequence[int]], path: Path) -> None:
     plt.close(figure)
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the loop; return the exit status."""
     small = {"epochs": 2, "packages": 6, "most": 80, "length": 32, "batch_size": 16}
@@ -97,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--r", type=int, default=8, help="the rank at the start")
     parser.add_argument("--target-r", type=int, default=3, help="the mean rank at the end")
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2])
     options = parser.parse_args(arguments)
 
     task = classify(options)

@@ -26,7 +26,7 @@ from probe import VARIANTS, add_variants, groups_of, make
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, accuracies, classify, in_epochs, interval, parser_of
+from tasks import Task, accuracies, classify, in_epochs, interval, numbers, parser_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -178,10 +178,6 @@ def plot(rows: Sequence[Row], rates: Sequence[float], path: Path) -> None:
     right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def numbers(kind: type) -> object:
-    return lambda text: [kind(number) for number in text.split(",")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

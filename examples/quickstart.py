@@ -24,7 +24,7 @@ from probe import groups_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, accuracies, classify, in_epochs, interval, parser_of
+from tasks import Task, accuracies, classify, in_epochs, interval, numbers, parser_of
 from tqdm import tqdm
 
 import lora_func as lf
@@ -162,16 +162,12 @@ def plot(kinds: Sequence[Kind], looks: Sequence[int], path: Path) -> None:
     plt.close(figure)
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; return the exit status."""
     small = {"epochs": 1, "packages": 8, "most": 100, "length": 40, "batch_size": 16}
     parser = parser_of(__doc__, "quickstart.png", **small)
-    parser.add_argument("--ranks", type=numbers, default=[4, 16])
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--ranks", type=numbers(int), default=[4, 16])
+    parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=2e-3, help="of the LoRAs; the head has 1e-2")
     options = parser.parse_args(arguments)
 

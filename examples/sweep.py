@@ -22,7 +22,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, accuracies, classify, in_epochs, parser_of, smoothed
+from tasks import Task, accuracies, classify, in_epochs, numbers, parser_of, smoothed
 from tqdm import tqdm
 
 import lora_func as lf
@@ -148,10 +148,6 @@ def plot(members: Sequence[Member], path: Path) -> None:
     right.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def numbers(kind: type) -> object:
-    return lambda text: [kind(number) for number in text.split(",")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import random
 import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -250,6 +250,11 @@ def parser_of(description: str, plot: str, **defaults: object) -> argparse.Argum
     parser.add_argument("--plot", type=Path, default=Path(plot))
     parser.set_defaults(**defaults)
     return parser
+
+
+def numbers(kind: type) -> Callable[[str], list[float]]:
+    """Return what reads a comma-separated list of numbers from the command line."""
+    return lambda text: [kind(number) for number in text.split(",")]
 
 
 def in_epochs(data: Sequence[Batch], epochs: int, seed: int) -> list[Batch]:

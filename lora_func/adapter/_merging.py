@@ -1,13 +1,13 @@
 """Sums of the changes of several adapters that leave out what disagrees, or is small, or chance."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lora_func.checks import check_choice, check_count, check_number
+from lora_func.numerics import generator_for
 
 Method: TypeAlias = Literal[
     "sum",
@@ -69,8 +69,7 @@ class Merging(NamedTuple):
             kept = tensor.abs().flatten().topk(max(1, int(self.density * tensor.numel()))).indices
             mask = torch.zeros_like(tensor).flatten().index_fill(0, kept, 1)
             return tensor * mask.view_as(tensor)
-        digest = hashlib.sha256(f"{self.seed}/{place}/{i}".encode()).digest()
-        generator = Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        generator = generator_for(f"{self.seed}/{place}/{i}")
         share = torch.full(tensor.shape, self.density)
         return tensor * torch.bernoulli(share, generator=generator).to(tensor) / self.density
 

@@ -1,6 +1,5 @@
 """Making an adapter for a model."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from lora_func.configs import AdapterConfig
 from lora_func.initialization._statistics import Named, gather_statistics
 from lora_func.initialization._weights import device_of, frozen_weight
 from lora_func.modules import attached_path, find_site, inner_model
+from lora_func.numerics import generator_for
 from lora_func.runtime import LossFn, check_unattached
 from lora_func.targeting import Target, find_targets
 from lora_func.variant import Params, Variant
@@ -178,8 +178,7 @@ def _check_made(variant: Variant, made: Mapping[str, Tensor], W: Any) -> None:
 
 
 def _generator(seed: int, site: str, variant: str) -> Generator:
-    digest = hashlib.sha256(f"{seed}/{site}/{variant}".encode()).digest()
-    return Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return generator_for(f"{seed}/{site}/{variant}")
 
 
 def _stored(key: Key, leaf: Tensor, variant: Variant, dtype: torch.dtype) -> Tensor:

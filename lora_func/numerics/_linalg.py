@@ -1,5 +1,6 @@
 """Norms, singular values and random starts."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,12 @@ def at_least_float32(t: Tensor) -> Tensor:
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the dtype of their operands."""
     return torch.autocast(t.device.type, enabled=False) if autocasts(t) else nullcontext()
+
+
+def generator_for(name: str) -> Generator:
+    """Return a generator on the CPU that is seeded from a name, the same on each machine."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:

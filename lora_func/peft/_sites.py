@@ -102,12 +102,18 @@ def _site(model: nn.Module, path: str, variant: Variant, leaves: Mapping[str, Te
             "makes a LoRA of any change of weights"
         )
     own = dict(leaves) if found.convert is None else found.convert(leaves)
-    (d_out, d_in), sizes = weight_at(model, path).weight.shape[-2:], sizes_of(model, path)
+    site = PeftSite(path, path, variant.name, found, own, {}, sizes_of(model, path))
+    return _with_settings(model, site)
+
+
+def _with_settings(model: nn.Module, site: PeftSite) -> PeftSite:
+    """Add the part of the config that the leaves of a site tell."""
+    d_out, d_in = weight_at(model, site.path).weight.shape[-2:]
     try:
-        settings = found.settings_at(own, (d_out, d_in), sizes)
+        settings = site.format.settings_at(site.leaves, (d_out, d_in), site.sizes)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return PeftSite(path, path, variant.name, found, own, settings, sizes)
+        raise ValueError(f"{site.path}: {error}") from None
+    return site._replace(settings=settings)
 
 
 def _with_one_rank(model: nn.Module, sites: Sequence[PeftSite]) -> list[PeftSite]:
@@ -121,9 +127,7 @@ def _with_one_rank(model: nn.Module, sites: Sequence[PeftSite]) -> list[PeftSite
                 leaf: pad_axes(tensor, axes.get(leaf, ()), max(ranks))
                 for leaf, tensor in site.leaves.items()
             }
-            d_out, d_in = weight_at(model, site.path).weight.shape[-2:]
-            settings = site.format.settings_at(leaves, (d_out, d_in), site.sizes)
-            site = site._replace(leaves=leaves, settings=settings)
+            site = _with_settings(model, site._replace(leaves=leaves))
         padded.append(site)
     return padded
 

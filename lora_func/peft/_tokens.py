@@ -164,8 +164,9 @@ def take_tokens(
         if path in covered or "_inputs" not in keys:
             continue
         main = names.get(_input_embedding(model), path)
-        main = main if path in _places(model, main) else path
         places = _places(model, main)
+        if path not in places:
+            main, places = path, _places(model, path)
         keys_of_ids = [sites.get(place, {}).get(leaf) for place, leaf in places.items()]
         every = [[] if key is None else leaves[key].long().tolist() for key in keys_of_ids]
         ids = every[0]

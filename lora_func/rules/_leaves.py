@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_func.adapter import group
+from lora_func.numerics import at_least_float32
 from lora_func.variant import Params
 from lora_func.variants import by_name
 
@@ -35,7 +36,7 @@ class Pair(NamedTuple):
 
 def wide(t: Tensor) -> Tensor:
     """Return a tensor detached, in float32 or wider."""
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+    return at_least_float32(t.detach())
 
 
 def pairs_of(params: Mapping[str, Tensor]) -> list[Pair]:

@@ -75,14 +75,18 @@ def init(W: Weight, cfg: AdaLoRA, generator: Generator, stats: None = None) -> d
     }
 
 
+def _up(params: Mapping[str, Tensor]) -> Tensor:
+    """``s B diag(E)``, shape (..., d_out, r)."""
+    return scaled(params["B"] * params["E"].unsqueeze(-2), params["_scale"])
+
+
 def low_rank(params: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Give the factors, E and the scale in B.
 
     Returns:
         One pair, shapes (..., r, d_in) and (..., d_out, r).
     """
-    B = params["B"] * params["E"].unsqueeze(-2)
-    return [(params["A"], scaled(B, params["_scale"]))]
+    return [(params["A"], _up(params))]
 
 
 def _as_lora(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,8 +103,7 @@ def prepare(
     Returns:
         up.
     """
-    B = params["B"] * params["E"].unsqueeze(-2)
-    return {"up": scaled(B, params["_scale"]).to(dtype)}
+    return {"up": _up(params).to(dtype)}
 
 
 def apply(W: Weight, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
