@@ -28,6 +28,7 @@ from lora_func.rules import adalora
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish
 
 
 def train(task: Task, stacked: lf.Params, options: Namespace) -> list[list[int]]:
@@ -82,8 +83,7 @@ def plot(stacked: lf.Params, kept: Sequence[Sequence[int]], path: Path) -> None:
     right.barh(range(len(found)), shown, color="0.4")
     right.set_yticks(range(len(found)), [".".join(site.split(".")[-4:]) for site in found])
     right.set(xlabel="rank, mean over the seeds", title="where the ranks went")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

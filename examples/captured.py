@@ -29,6 +29,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 VOCABULARY = 512
 
@@ -100,12 +101,12 @@ def table(runs: Sequence[Run], title: str) -> Table:
 
 def plot(runs: Sequence[Run], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for run, line in zip(runs, ("-", "--"), strict=False):
-        axes.plot(run.losses, line, label=f"{run.name}, {run.milliseconds:.1f} ms a step")
+    for i, run in enumerate(runs):
+        label = f"{run.name}, {run.milliseconds:.1f} ms a step"
+        axes.plot(run.losses, label=label, **line(i, len(runs)))
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from lora_func.distributed import synced
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish
 
 
 def shard(task: Task) -> None:
@@ -83,10 +84,9 @@ def report(task: Task, losses: list[float], accuracy: float, difference: float, 
     )
     Console(width=max(90, Console().width)).print(shown)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(smoothed(losses))
+    axes.plot(smoothed(losses), color="black")
     axes.set(xlabel="step", ylabel="training loss (mean of ten steps)", title=task.question)
-    figure.savefig(options.plot, dpi=150)
-    plt.close(figure)
+    finish(figure, options.plot)
     print(f"losses: {options.plot.resolve()}")
 
 

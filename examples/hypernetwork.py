@@ -26,6 +26,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 
 class Hypernetwork(nn.Module):
@@ -77,21 +78,19 @@ def train(model: nn.Module, network: Hypernetwork, options) -> list[float]:
 
 def plot(model: nn.Module, network: Hypernetwork, curve: Sequence[float], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(curve)
+    left.plot(curve, color="black")
     left.set(xlabel="step", ylabel="loss", yscale="log")
     grid = torch.linspace(-5, 5, 100)[:, None]
     descriptions = torch.tensor([[1.0, 0.0], [3.0, 1.0], [4.5, 2.0]])
     with torch.no_grad():
         waves = lf.vcall(model, network(descriptions), grid)
-    for (amplitude, phase), wave, color in zip(
-        descriptions, waves, ("C0", "C1", "C2"), strict=True
-    ):
-        right.plot(grid, amplitude * torch.sin(grid + phase), color=color, linestyle=":")
-        right.plot(grid, wave, color=color, label=f"amplitude {amplitude:g}, phase {phase:g}")
-    right.set(title="true waves (dotted) and outputs with the generated adapters")
+    for i, ((amplitude, phase), wave) in enumerate(zip(descriptions, waves, strict=True)):
+        look = line(i, len(waves))
+        right.plot(grid, amplitude * torch.sin(grid + phase), color=look["color"], alpha=0.4, lw=4)
+        right.plot(grid, wave, label=f"amplitude {amplitude:g}, phase {phase:g}", **look)
+    right.set(title="true waves (pale) and outputs with the generated adapters")
     right.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

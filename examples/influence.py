@@ -25,6 +25,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish
 
 
 def flip(task: Task, share: float, classes: int, seed: int) -> list[Tensor]:
@@ -114,13 +115,15 @@ def rank_statistic(scores: Tensor, wrong: Tensor) -> float:
 def plot(influence: Tensor, wrong: Tensor, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     low, high = influence.quantile(0.02).item(), influence.quantile(0.98).item()
-    for label, some in (("right labels", ~wrong), ("wrong labels", wrong)):
+    for label, some, look in (
+        ("right labels", ~wrong, {"color": "0.75"}),
+        ("wrong labels", wrong, {"color": "black", "histtype": "step", "lw": 1.5}),
+    ):
         values = influence[some].clamp(low, high).tolist()
-        axes.hist(values, bins=40, range=(low, high), density=True, alpha=0.6, label=label)
+        axes.hist(values, bins=40, range=(low, high), density=True, label=label, **look)
     axes.set(xlabel="influence on the held-out loss (positive: it hurts)", title=title)
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

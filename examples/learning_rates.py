@@ -35,6 +35,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 TEN = "lora,dora,pissa,milora,mica,delora,vera,ia3,oft,miss"
 RATES = "3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
@@ -161,12 +162,11 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 def plot(rows: Sequence[Row], rates: Sequence[float], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    markers, styles = "osD^v<>PX*", ("-", "--", ":", "-.")
     for i, row in enumerate(rows):
-        line = {"color": plt.colormaps["cividis"](i / max(len(rows) - 1, 1))}
-        marked = {**line, "marker": markers[i % len(markers)]}
-        left.plot(rates, row.chosen, label=row.name, ls=styles[i % len(styles)], **marked)
-        right.plot(abs(mean(row.sharpness)), row.rate, ls="", ms=9, label=row.name, **marked)
+        look = line(i, len(rows), marker=True)
+        left.plot(rates, row.chosen, label=row.name, **look)
+        look = look | {"ls": "", "ms": 9}
+        right.plot(abs(mean(row.sharpness)), row.rate, label=row.name, **look)
     left.set(xscale="log", xlabel="learning rate", ylabel="accuracy", title="one vcall each")
     right.set(
         xscale="log",
@@ -176,8 +176,7 @@ def plot(rows: Sequence[Row], rates: Sequence[float], path: Path) -> None:
         title=f"correlation of the logarithms: {correlation(rows):+.2f}",
     )
     right.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

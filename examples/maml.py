@@ -27,6 +27,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import MARKERS, finish, line
 
 
 def loss_of(model: nn.Module, params: lf.Params, x: Tensor, y: Tensor) -> Tensor:
@@ -87,23 +88,23 @@ def by_steps(model: nn.Module, params: lf.Params, tasks: tuple[Tensor, ...], lr:
 
 def plot(model, starts: dict[str, lf.Params], results, curve, options) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    left.plot(curve)
+    left.plot(curve, color="black")
     left.set(xlabel="meta-step", ylabel="loss after two inner steps", yscale="log")
     x, y, _ = (part[0] for part in sines(1, 20, torch.Generator().manual_seed(7)))
     grid = torch.linspace(-5, 5, 100)[:, None]
     right.scatter(x[:10], y[:10], color="black", label="ten points")
-    for name, params in starts.items():
-        middle.plot(results[name], marker="o", label=name)
+    for i, (name, params) in enumerate(starts.items()):
+        look = line(i, len(starts))
+        middle.plot(results[name], marker=MARKERS[i], label=name, **look)
         trained, constants = lf.partition({key: leaf.detach() for key, leaf in params.items()})
         fitted = adapt(model, trained, constants, x[:10], y[:10], steps=2, lr=options.lr)
         with torch.no_grad():
-            right.plot(grid, lf.fcall(model, {**fitted, **constants}, grid), label=name)
+            right.plot(grid, lf.fcall(model, {**fitted, **constants}, grid), label=name, **look)
     middle.set(xlabel="inner steps", ylabel="loss on new tasks", yscale="log")
     right.set(title="a new wave, after two steps")
     middle.legend()
     right.legend()
-    figure.savefig(options.plot, dpi=150)
-    plt.close(figure)
+    finish(figure, options.plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from lora_func.adapter import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish
 
 
 @dataclass
@@ -120,8 +121,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_yticks(places, [row.name for row in rows])
     axes.set(xlabel="held-out accuracy on all packages", title="sums of two LoRAs")
     axes.legend(loc="lower left")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 
 @dataclass
@@ -96,16 +97,16 @@ def table(runs: Sequence[Run], title: str) -> Table:
 
 def plot(runs: Sequence[Run], clip: float, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for run in runs:
-        left.plot(run.losses, label=f"{run.name}, {run.accuracy:.1%}")
-        right.hist(torch.cat(run.norms).tolist(), bins=40, alpha=0.6, label=run.name)
+    for i, run in enumerate(runs):
+        look = line(i, len(runs))
+        left.plot(run.losses, label=f"{run.name}, {run.accuracy:.1%}", **look)
+        right.hist(torch.cat(run.norms).tolist(), bins=40, histtype="step", label=run.name, **look)
     right.axvline(clip, color="black", linestyle=":", label="clipping norm")
     left.set(xlabel="step", ylabel="training loss")
     right.set(xlabel="norm of one text's gradient", ylabel="texts")
     left.legend()
     right.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

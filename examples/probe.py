@@ -33,6 +33,7 @@ from lora_func.variants import all_variants
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 
 @dataclass(frozen=True)
@@ -263,17 +264,16 @@ def table(rows: Sequence[Row], title: str) -> Table:
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     columns = 1 + len(rows) // 24
     figure, axes = plt.subplots(figsize=(7 + 2 * columns, 6), layout="constrained")
-    colors = plt.colormaps["turbo"](torch.linspace(0, 1, len(rows)).tolist())
-    for row, color in zip(rows, colors, strict=True):
-        axes.plot(smoothed(row.losses), label=f"{row.name}, {row.after:.1%}", color=color)
+    for i, row in enumerate(rows):
+        label = f"{row.name}, {row.after:.1%}"
+        axes.plot(smoothed(row.losses), label=label, **line(i, len(rows)))
     axes.set(
         xlabel="step",
         ylabel="training loss (mean of ten steps)",
         title=f"{title} Legend: held-out accuracy",
     )
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=columns, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def add_variants(parser: argparse.ArgumentParser, default: str) -> None:

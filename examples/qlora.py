@@ -32,6 +32,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 
 @dataclass
@@ -121,14 +122,12 @@ def table(runs: Sequence[Run], title: str) -> Table:
 
 def plot(runs: Sequence[Run], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    colors = plt.colormaps["viridis"](torch.linspace(0, 0.9, len(runs)).tolist())
-    for run, color in zip(runs, colors, strict=True):
+    for i, run in enumerate(runs):
         label = f"{run.base}, lr {run.lr:g}, seed {run.seed}: {run.accuracy:.1%}"
-        axes.plot(smoothed(run.losses), color=color, label=label)
+        axes.plot(smoothed(run.losses), label=label, **line(i, len(runs)))
     axes.set(xlabel="step", ylabel="training loss (mean of ten steps)", title="A quantised base")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

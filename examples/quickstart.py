@@ -31,6 +31,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 COLUMNS = """
   trained     numbers that one adapter trains; the base has {base:,}, and none of them changes
@@ -150,16 +151,14 @@ def comes_back(task: Task, params: lf.Params) -> bool:
 def plot(kinds: Sequence[Kind], looks: Sequence[int], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, kind in enumerate(kinds):
-        color = plt.colormaps["cividis"](i / max(len(kinds) - 1, 1) * 0.9)
-        style, marker = ("-", "--", ":", "-.")[i % 4], "osD^v<>P"[i % 8]
+        look = line(i, len(kinds), marker=True)
         for each in zip(*kind.accuracies, strict=True):
-            axes.plot(looks, each, color=color, alpha=0.25, lw=1)
+            axes.plot(looks, each, color=look["color"], alpha=0.25, lw=1)
         shown = [mean(each) for each in kind.accuracies]
-        axes.plot(looks, shown, color=color, ls=style, marker=marker, label=kind.name)
+        axes.plot(looks, shown, label=kind.name, **look)
     axes.set(xlabel="step", ylabel="held-out accuracy", title="thick: mean of the seeds")
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from lora_func import rules
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 GRADIENT_RULES = {
     "LoRA-FA": rules.lora_fa,
@@ -109,15 +110,11 @@ def table(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, ti
 
 def plot(names: Sequence[str], curves: torch.Tensor, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    styles = ("-", "--", ":", "-.")
     for k, name in enumerate(names):
-        color = plt.colormaps["cividis"](k / (len(names) - 1))
-        line = {"color": color, "ls": styles[k % len(styles)], "label": name}
-        axes.plot(smoothed(curves[:, k].tolist()), **line)
+        axes.plot(smoothed(curves[:, k].tolist()), label=name, **line(k, len(names)))
     axes.set(xlabel="step", ylabel="training loss (mean of ten steps)", title="one start, one data")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

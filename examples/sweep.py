@@ -29,6 +29,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 
 @dataclass
@@ -129,25 +130,24 @@ def plot(members: Sequence[Member], path: Path) -> None:
         [oldest([m for m in members if (m.rank, m.alpha, m.lr) == (*row, lr)]) for lr in lrs]
         for row in rows
     ]
-    values = [[mean(m.accuracy for m in cell) for cell in line] for line in cells]
+    values = [[mean(m.accuracy for m in cell) for cell in row] for row in cells]
     image = left.imshow(values, aspect="auto", cmap="cividis")
-    for (i, line), j in product(enumerate(cells), range(len(lrs))):
-        text = f"{values[i][j]:.1%}\n{len(line[j])} x {len(line[j][0].losses)} steps"
+    for i, j in product(range(len(rows)), range(len(lrs))):
+        text = f"{values[i][j]:.1%}\n{len(cells[i][j])} x {len(cells[i][j][0].losses)} steps"
         ink = "black" if image.norm(values[i][j]) > 0.5 else "white"
         left.text(j, i, text, ha="center", va="center", color=ink)
     left.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
     left.set_yticks(range(len(rows)), [f"r {rank}, alpha {alpha:g}" for rank, alpha in rows])
     left.set(xlabel="learning rate", title="held-out accuracy, mean over seeds of one age")
     figure.colorbar(image, ax=left)
-    colors = plt.colormaps["cividis"](torch.linspace(0, 0.9, len(lrs)).tolist())
+    looks = {lr: line(i, len(lrs)) for i, lr in enumerate(lrs)}
     for member in members:
-        right.plot(smoothed(member.losses), color=colors[lrs.index(member.lr)], alpha=0.7)
-    for lr, color in zip(lrs, colors, strict=True):
-        right.plot([], [], color=color, label=f"lr {lr:g}")
+        right.plot(smoothed(member.losses), alpha=0.7, **looks[member.lr])
+    for lr, look in looks.items():
+        right.plot([], [], label=f"lr {lr:g}", **look)
     right.set(xlabel="step", ylabel="training loss (mean of ten steps)", title="every adapter")
     right.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from lora_func.distributed import gathered, share
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish
 
 
 @dataclass
@@ -110,10 +111,9 @@ def report(task: Task, members: Sequence[Member], options) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([*by_rate], [mean(own) for own in by_rate.values()], "k-")
     for lr, own in by_rate.items():
-        axes.plot([lr] * len(own), own, "o")
+        axes.plot([lr] * len(own), own, "o", color="0.4")
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out accuracy", title=task.question)
-    figure.savefig(options.plot, dpi=150)
-    plt.close(figure)
+    finish(figure, options.plot)
     print(f"accuracies: {options.plot.resolve()}")
 
 

@@ -32,6 +32,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish
 
 PAD, BYTES = 256, 257
 
@@ -138,8 +139,7 @@ def plot(names: Sequence[str], curves: Tensor, before: float, path: Path) -> Non
     axes.axhline(before, color="0.6", label="bytes alone, no adapter")
     axes.set(xlabel="step", ylabel="bits per byte (mean of ten steps)", title="words as new tokens")
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ import lora_func as lf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plots import finish, line
 
 
 def optimizer_of(adapters: dict[str, lf.Params]) -> torch.optim.Optimizer:
@@ -64,18 +65,14 @@ def table(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, ti
 def plot(names: Sequence[str], curves: torch.Tensor, accuracy: torch.Tensor, path: Path) -> None:
     columns = 1 + len(names) // 24
     figure, axes = plt.subplots(figsize=(7 + 3 * columns, 6), layout="constrained")
-    colors = plt.colormaps["turbo"](torch.linspace(0, 1, len(names)).tolist())
-    order = accuracy.argsort(descending=True).tolist()
-    for k, color in zip(order, colors, strict=True):
-        axes.plot(
-            smoothed(curves[:, k].tolist(), 5), color=color, label=f"{names[k]}, {accuracy[k]:.1%}"
-        )
+    for i, k in enumerate(accuracy.argsort(descending=True).tolist()):
+        label = f"{names[k]}, {accuracy[k]:.1%}"
+        axes.plot(smoothed(curves[:, k].tolist(), 5), label=label, **line(i, len(names)))
     axes.set(
         xlabel="step", ylabel="training loss (mean of five steps)", title="One step trains all"
     )
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=columns, fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
