@@ -6,7 +6,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "docs", "tests"]
 nox.options.reuse_venv = "yes"
 
 # many small models: a process for each core is faster than threads in each process
@@ -39,9 +39,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of the package."""
+    """Check the types of the package, and of code that uses it."""
     install(session, "types", "-e", ".[testing]")
     session.run("mypy", *session.posargs)
+    session.run("mypy", "--strict", "--config-file=", "tests/downstream.py")
 
 
 @nox.session
@@ -75,9 +76,16 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def tables(session: nox.Session) -> None:
-    """Write the tables of README, reference and CONTRIBUTING that are made from docstrings."""
+    """Write the tables of README, docs and CONTRIBUTING that are made from docstrings."""
     install(session, "test", "-e", ".")
     session.run("python", "docs/tables.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site in site/, and check its links; ``-- serve`` shows it while you write."""
+    install(session, "docs", "-e", ".[testing,wavelets]")
+    session.run("mkdocs", *(session.posargs or ["build"]), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

@@ -10,7 +10,6 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +19,13 @@ from lora_func.variant import Family
 from lora_func.variants import all_variants
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/devices.md", "docs/testing.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/variants/index.md",
+    "docs/devices.md",
+    "docs/testing.md",
+)
 PACKAGE = ROOT / "lora_func"
 
 
@@ -57,34 +62,31 @@ def variants() -> list[str]:
         phrase = text.split("\n")[0].partition(": ")[2].rstrip(".")
         cited = text.partition("References:")[2].partition("\n\n")[0]
         sources = dict.fromkeys(re.findall(r"https://[^\s,;)]+[^\s,;).]", cited))
-        cells = (family, f"`{config.__name__}`", phrase, ", ".join(map(link, sources)) or "–")
+        name = f"[{config.__name__}](../../lora_func/variants/{page_of(config, '.py')})"
+        cells = (family, name, phrase, ", ".join(map(link, sources)) or "–")
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
 
-def settings() -> list[str]:
-    """The fields of each config beside those that name its sites."""
-    common = {field.name for field in (*fields(lf.LinearConfig), *fields(lf.LowRankConfig))}
-    common -= {"r", "alpha"}
-    rows = ["| config | fields | variants |", "|---|---|---|"]
-    for config, *_ in configs():
-        own = [f for f in fields(config) if f.name not in common and f.name in shown(config)]
-        names = [variant.name for variant in built_in() if variant.config is config]
-        listed = ", ".join(f"{f.name}={f.default!r}" for f in own)
-        rows.append(f"| `{config.__name__}` | `{listed}` | {', '.join(names)} |".replace("``", ""))
+def page_of(config: type[lf.AdapterConfig], suffix: str = ".md") -> str:
+    """The file name of a method's page, or of its code."""
+    return config.__module__.rpartition(".")[2] + suffix
+
+
+def families() -> list[str]:
+    """The methods of each family."""
+    rows = ["| family | methods |", "|---|---|"]
+    for family in get_args(Family):
+        names = [f"`{config.__name__}`" for config, _, own in configs() if own == family]
+        rows.append(f"| {family} | {', '.join(names)} |")
     return rows
 
 
-def shown(config: type[lf.AdapterConfig]) -> set[str]:
-    """The fields that do not name sites."""
-    return {f.name for f in fields(config)} - {f.name for f in fields(lf.LinearConfig)}
-
-
-def properties() -> list[str]:
+def properties(variants: list[lf.Variant] | None = None) -> list[str]:
     """What each variant can do, read from its fields."""
     columns = ("family", "variant", "weight", "mixed ranks", "embeddings, convolutions")
     rows = [f"| {' | '.join(columns)} | `combine` | PEFT |", "|---|---|---|---|---|---|---|"]
-    for variant in grouped():
+    for variant in grouped() if variants is None else variants:
         sums = "low rank" if variant.low_rank else "leaves" if variant.neutral else "–"
         kinds = dict.fromkeys(one.peft_type for one in variant.peft)
         narrow = "narrow products" if variant.products_only else "whole weight"
@@ -177,9 +179,9 @@ def peft() -> list[str]:
 
 
 TABLES = {
+    "families": families,
     "devices": devices,
     "variants": variants,
-    "settings": settings,
     "properties": properties,
     "packages": packages,
     "laws": laws,

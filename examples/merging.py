@@ -120,7 +120,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     )
     axes.set_yticks(places, [row.name for row in rows])
     axes.set(xlabel="held-out accuracy on all packages", title="sums of two LoRAs")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     finish(figure, path)
 
 

@@ -10,7 +10,7 @@ MARKERS = "osD^v<>PX*"
 
 def line(i: int, n: int, marker: bool = False) -> dict[str, object]:
     """The look of line i of n, as keyword arguments of ``Axes.plot``."""
-    look = {"color": plt.colormaps["cividis"](0.9 * i / max(n - 1, 1)), "ls": STYLES[i % 4]}
+    look = {"color": plt.colormaps["cividis"](0.8 * i / max(n - 1, 1)), "ls": STYLES[i % 4]}
     return look | {"marker": MARKERS[i % len(MARKERS)]} if marker else look
 
 

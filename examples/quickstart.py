@@ -47,7 +47,7 @@ NEXT = """
 What to do next:
   another grid          python -m nox -s quickstart -- --ranks 2,8,32 --seeds 0,1,2,3
   every variant         python -m nox -s probe -- --variants all
-  in your own project   README.md, "Fifteen lines"; docs/guide.md for everything else
+  in your own project   README.md, "Fifteen lines"; docs/start.md
 """
 
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import formulas
+import nbclient
+import nbformat
 import peft_laws
 import pytest
 import tables
@@ -12,24 +15,61 @@ import tables
 ROOT = Path(__file__).parent.parent
 PEFT_TABLE = re.compile(r"<!-- table: peft -->\n.*?<!-- end -->", re.DOTALL)
 LAWS = ROOT / "docs" / "testing.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUIET = """
+import warnings
+
+warnings.simplefilter("error")
+for of_others in (
+    "`torch.jit.script` is deprecated",  # torch itself, on the first forward-mode derivative
+    "`isinstance.treespec, LeafSpec.` is deprecated",  # lightning asks torch in an old way
+    "The 'train_dataloader' does not have many workers",
+):
+    warnings.filterwarnings("ignore", of_others)
+"""
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page):
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p)], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_the_code_runs(page, tmp_path):
     # the one-liner at the top of README is an illustration
     code = [block for block in blocks(page) if not block.startswith("params = init(")]
     program = tmp_path / "page.py"
-    program.write_text(
-        "import warnings\nwarnings.simplefilter('error')\n"
-        "warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')\n" + "\n".join(code)
-    )
+    program.write_text("\n".join([QUIET, *code]))
     done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
+def test_the_notebook_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("W' = s_iᵀ", "<var>W</var>′ = <var>s</var><sub><var>i</var></sub><sup>T</sup>"),
+        ("√(r + 1)", '√<span class="root"><var>r</var> + 1</span>'),
+        ("d_in, A0", "<var>d</var><sub>in</sub>, <var>A</var><sub>0</sub>"),
+        ("tanh(x) <= 1e-5", '<span class="function">tanh</span>(<var>x</var>) &lt;= 1e-5'),
+        ("``depth``, alpha_pattern", "<code>depth</code>, <code>alpha_pattern</code>"),
+    ],
+)
+def test_a_formula_is_typeset(text, shown):
+    assert formulas.formula(text) == shown
+
+
+def test_every_variant_has_a_formula():
+    for config, text, _ in tables.configs():
+        assert re.search(r"^    \S", text.partition("References:")[0], re.MULTILINE), config
 
 
 def test_the_fifteen_lines_are_fifteen():

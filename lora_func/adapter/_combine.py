@@ -63,7 +63,7 @@ def combine(
         ValueError: If there is no term, the leaves of an adapter do not fit its variants, dropout
             or ranks differ where they must not, or a setting is not accepted.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> one, two = (lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2), seed=s) for s in range(2))
         >>> lf.combine([(one, 0.5), (two, -1.0)])[".lora.A"].shape

@@ -83,7 +83,7 @@ def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
     Raises:
         KeyError: If a key is not of the form ``site.variant.leaf``.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> trained, constants = lf.partition(lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2)))
         >>> list(trained), list(constants)

@@ -28,7 +28,7 @@ def project(params: Mapping[str, Tensor]) -> Params:
         KeyError: If a key is malformed or names no variant.
         ValueError: If the leaves do not fit their variants.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> cfg = lf.OFT(block_size=2, coft=1e-2)
         >>> params = lf.init(torch.nn.Linear(4, 4), cfg)

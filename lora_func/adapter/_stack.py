@@ -28,7 +28,7 @@ def stack(adapters: Iterable[Mapping[str, Tensor]]) -> Params:
         ValueError: If there is none, keys differ, ranks differ in a variant that cannot be padded,
             or shapes, dtypes or devices of a leaf differ otherwise.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Linear(4, 4)
         >>> stacked = lf.stack([lf.init(model, lf.LoRA(r=r)) for r in (1, 3)])
@@ -76,7 +76,7 @@ def unstack(stacked: Mapping[str, Tensor]) -> list[Params]:
     Raises:
         ValueError: If it is one adapter, or the leaves have no common first axis.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> stacked = lf.stack([lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=r)) for r in (1, 3)])
         >>> [adapter[".lora.A"].shape[0] for adapter in lf.unstack(stacked)]

@@ -35,7 +35,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
     Raises:
         KeyError: If a key is malformed or names no variant.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> print(lf.summary(lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2))))
         <BLANKLINE>

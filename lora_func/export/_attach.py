@@ -165,7 +165,7 @@ def attach(model: nn.Module, params: Mapping[str, Tensor]) -> Attached:
             or params is a stack.
         BusyModelError: If the model is running with an adapter, or has one attached.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         >>> with lf.attach(model, lf.init(model, lf.LoRA(r=2))) as handle:

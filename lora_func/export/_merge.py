@@ -48,7 +48,7 @@ def merge(
             weight would be untied or is adapted at two places, two variants name one module, or an
             adapted weight must be finite and is not.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         >>> params = lf.init(model, lf.LoRA(r=2))

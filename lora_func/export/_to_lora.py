@@ -63,7 +63,7 @@ def to_lora(
         TypeError: If a variant has no weight, or changes a bias, which a LoRA cannot.
         ValueError: If params is a stack, rank is below 1, or an error is above tol.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Linear(4, 4)
         >>> found = lf.to_lora(lf.init(model, lf.HRA(r=2)), model, rank=2)

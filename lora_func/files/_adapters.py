@@ -53,7 +53,7 @@ def save(
             finite, or a shape does not fit.
         OSError: If the file cannot be written.
 
-    Example:
+    Examples:
         >>> import torch, tempfile, lora_func as lf
         >>> model = torch.nn.Linear(4, 4)
         >>> with tempfile.TemporaryDirectory() as folder:

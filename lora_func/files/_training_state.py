@@ -120,7 +120,7 @@ def load_training_state(
         AdapterFileError: If the file is of another kind or format, is damaged, or does not fit its
             variants or the model.
 
-    Example:
+    Examples:
         >>> import torch, tempfile, lora_func as lf
         >>> params = lf.init(torch.nn.Linear(4, 4), lf.LoRA(r=2))
         >>> optimizer = torch.optim.AdamW(lf.partition(params)[0].values())

@@ -95,7 +95,7 @@ def loftq(
         TypeError: If cfg is no LoRA, or a site no linear layer with a weight that is not quantised.
         ValueError: If iters is below 1, or r exceeds a width.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(64, 8)), torch.randn(4, 64)
         >>> weights, params = lf.loftq(model, lf.LoRA(r=4), iters=5)

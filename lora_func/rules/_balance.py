@@ -34,7 +34,7 @@ def balance(params: Mapping[str, Tensor], *, aligned: bool = True) -> Params:
     Raises:
         ValueError: If no site has factors.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> from lora_func import rules
         >>> params = lf.init(torch.nn.Linear(4, 3), lf.OLoRA(r=2))

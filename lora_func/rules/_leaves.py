@@ -121,7 +121,7 @@ def per_member(rules: Sequence[GradientRule | None]) -> GradientRule:
         A rule for a stack of K adapters. A leaf without a gradient under its member's rule gets
         zeros.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> from lora_func import rules
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))

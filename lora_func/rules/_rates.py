@@ -81,7 +81,7 @@ def groups(
         KeyError: If a rate belongs to no leaf.
         TypeError: If a rate is a tensor.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> from lora_func import rules
         >>> params = lf.init(torch.nn.Linear(4, 3), lf.LoRA(r=2))

@@ -54,7 +54,7 @@ def fcall(
             one attached.
         UnusedLeafError: If an adapted module never ran, or a variant has no such leaf.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> params, x = lf.init(model, lf.LoRA(r=2)), torch.ones(3, 4)
@@ -119,7 +119,7 @@ def adapted(
         UnusedLeafError: If an adapted module never ran while others did, or a variant has no such
             leaf.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         >>> with lf.adapted(model, lf.init(model, lf.LoRA(r=2))):

@@ -138,7 +138,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     Raises:
         BusyModelError: If the model is running with an adapter, or has one attached.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         >>> lf.skeleton(model)[0].weight is model[0].weight

@@ -34,7 +34,7 @@ def clip_grad_norm(
         ValueError: If there is no adapter, no leaf has a gradient, the leaves of a stack have no
             common first axis, or only the model tells an adapter from a stack.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model, x = torch.nn.Linear(4, 2), torch.ones(5, 4)
         >>> adapters = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(3)]

@@ -50,7 +50,7 @@ def calibrate_strength(
         ValueError: If the model is in training mode, there is no data, a site has neither a
             coefficient nor a scale, or no strength reaches the distance.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5)).eval()
         >>> params = lf.init(model, lf.LoRA(r=2, start="gaussian"))

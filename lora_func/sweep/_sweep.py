@@ -87,7 +87,7 @@ def vcall(
             than 1, a tensor of a batched batch does not have K in front, or the batch holds a
             cache.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> loras = lf.stack([lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(3)])

@@ -80,7 +80,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         ValueError: If a pattern, a layer index or a role matches nothing, no site is left, a
             parameter to train lies in the memory of another, or FSDP1 has flattened the weights.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
         >>> [target.site for target in lf.find_targets(model, lf.LoRA(layers=(0, -1)))]

@@ -128,7 +128,7 @@ def check_variant(
     Raises:
         ValueError: If the variant is malformed, or no sizes are found that it accepts.
 
-    Example:
+    Examples:
         >>> import lora_func as lf
         >>> from lora_func.testing import check_variant
         >>> from lora_func.variants import lora

@@ -21,7 +21,7 @@ def variant_tests(
     Returns:
         A test function with parameters. Its ids are "law-case".
 
-    Example:
+    Examples:
         In a test file, of which these three lines are all that a variant needs::
 
             from lora_func.testing import Case, variant_tests

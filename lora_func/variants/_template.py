@@ -32,7 +32,7 @@ class Template(RankConfig):
     Attributes:
         g_initial: The start of g; not 0, where every gradient is zero.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> from lora_func.variants import _template
         >>> lf.register(_template.VARIANT)

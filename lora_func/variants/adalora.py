@@ -39,7 +39,7 @@ _MORE = 1e-5
 class AdaLoRA(LowRankConfig):
     """Adaptive budget allocation. r is the rank before any triplet is pruned.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.AdaLoRA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

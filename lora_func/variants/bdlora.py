@@ -43,7 +43,7 @@ class BDLoRA(LowRankConfig):
             ``o_proj`` and ``down_proj``; "B" for those that they split along the output.
         blocks: The number of blocks; divides r and the split width.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6))
         >>> params = lf.init(model, lf.BDLoRA(r=2, side="B", blocks=2))

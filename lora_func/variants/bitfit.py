@@ -35,7 +35,7 @@ class BitFit(LinearConfig):
     Attributes:
         allow_new_bias: Whether layers without a bias may get one.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> list(lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.BitFit()))
         ['0.bitfit.delta']

@@ -49,7 +49,7 @@ class BOFT(LinearConfig):
         block_size: Side of a block; divides d_in, and is even for several factors.
         factors: The number of factors; ``block_size 2^(factors - 1)`` divides d_in.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 3)), lf.BOFT(factors=2))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

@@ -41,7 +41,7 @@ class C3A(LinearConfig):
         block_size: Side of a block; divides d_in and d_out.
         start: "zeros", or the authors' "xavier_uniform", which changes the model from the start.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 4)), lf.C3A(block_size=4))
         >>> params["0.c3a.kernel"].shape

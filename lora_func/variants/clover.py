@@ -39,7 +39,7 @@ class CLOVER(LinearConfig):
         head_dim: The width of a head, which divides d_out.
         core: "qr" trains in the coordinates of R; "free" without them.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> cfg = lf.CLOVER(head_dim=3)
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 6)), cfg)

@@ -52,7 +52,7 @@ class DeFT(LowRankConfig):
         method: How P gives the projection: "relu", or "qr" for an orthogonal one.
         para: Whether to remove alone, as PaRa does; alpha and dropout then mean nothing.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 6)), lf.DeFT(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

@@ -52,7 +52,7 @@ class DeLoRA(DropoutConfig, RankConfig):
         lambda_: Where the strength λ starts; not 0, which would have no gradient.
         init: "zero_b", or "frozen_copy" at twice the cost and without the jump of the first step.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.DeLoRA(r=2))
         >>> list(params)

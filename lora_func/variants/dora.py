@@ -48,7 +48,7 @@ from lora_func.weights import Affine, Weight, bias_of, dense, linear, matmul_wei
 class DoRA(LowRankConfig):
     """Weight-decomposed low-rank adaptation.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.DoRA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items() if leaf.requires_grad}

@@ -38,7 +38,7 @@ class ETHERPlus(LinearConfig):
         blocks: The number of blocks; divides d_in, and d_out if ``two_sided``.
         two_sided: Whether the output is transformed too.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6))
         >>> params = lf.init(model, lf.ETHERPlus(blocks=2))

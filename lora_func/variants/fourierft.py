@@ -31,7 +31,7 @@ from lora_func.variants import _locations as located
 class FourierFT(located.LocatedConfig):
     """Fourier transform fine-tuning.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> cfg = lf.FourierFT(n_frequency=5)
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), cfg)

@@ -29,7 +29,7 @@ from lora_func.weights import Affine, Weight, dense, linear
 class Full(ParameterConfig):
     """Train chosen parameters themselves.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Linear(4, 3), lf.Full(target_parameters="bias"))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

@@ -43,7 +43,7 @@ class GOFT(LinearConfig):
     Attributes:
         quasi: Whether each pair has a free matrix, which may leave the rotations (qGOFT).
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 3)), lf.GOFT())
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

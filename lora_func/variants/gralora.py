@@ -53,7 +53,7 @@ class GraLoRA(LowRankConfig):
         k: The number of blocks on each side; divides r, d_in and d_out.
         hybrid_r: The rank of a LoRA that is added; 0 for none.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), lf.GraLoRA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

@@ -46,7 +46,7 @@ from lora_func.weights import Weight, dense
 class HiRA(DropoutConfig, RankConfig):
     """Hadamard high-rank adaptation, ``W + W ⊙ (B A)``.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.HiRA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

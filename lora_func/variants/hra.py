@@ -37,7 +37,7 @@ from lora_func.weights import Weight, dense, linear
 class HRA(RankConfig):
     """Householder reflection adaptation; r counts reflections and is even.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.HRA(r=2))
         >>> params["0.hra.U"].shape

@@ -31,7 +31,7 @@ from lora_func.weights import Weight, dense, linear
 class IA3(LinearConfig):
     """Gains on the outputs of a layer; the authors choose keys and values.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> list(lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.IA3()))
         ['0.ia3.g']

@@ -31,7 +31,7 @@ from lora_func.weights import Weight, dense, linear, taps_of
 class IA3FF(LinearConfig):
     """Gains on the inputs of a layer; the authors choose the second feed-forward layer.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> list(lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.IA3FF()))
         ['0.ia3_ff.g']

@@ -42,7 +42,7 @@ from lora_func.weights import Affine, Weight, dense
 class KaSA(LowRankConfig):
     """Knowledge-aware singular-value adaptation.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.KaSA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}
@@ -165,7 +165,7 @@ def auxiliary_loss(params: Mapping[str, Tensor], beta: float = 1e-4, gamma: floa
     Raises:
         ValueError: If no site is adapted by KaSA.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> from lora_func.variants.kasa import auxiliary_loss
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.KaSA(r=2))

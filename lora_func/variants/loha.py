@@ -40,7 +40,7 @@ from lora_func.weights import Weight, dense
 class LoHa(ScaledConfig):
     """Low-rank Hadamard product; the change has rank r².
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.LoHa(r=2))
         >>> [key.rpartition(".")[2] for key in params]

@@ -55,7 +55,7 @@ class LoKr(ScaledConfig):
         decompose_both: Whether w1 too may be a product of rank r; else only w2.
         zero: The factor that starts at zero.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(12, 6)), lf.LoKr(r=1))
         >>> {key.rpartition(".")[2]: tuple(leaf.shape) for key, leaf in params.items()}

@@ -54,7 +54,7 @@ class LoRA(LowRankConfig):
             (https://datta0.github.io/posts/rethink-lora-init/, huggingface/peft
             ``orthogonal_init``).
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.LoRA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

@@ -38,7 +38,7 @@ class LoRAXS(LowRankConfig):
     Attributes:
         sigma: The standard deviation of the core at the start; above 0 the start is not the base.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.LoRAXS(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

@@ -36,7 +36,7 @@ Leaves = Mapping[str, Tensor]
 class LoReFT(RankConfig):
     """Low-rank linear subspace representation fine-tuning, on the outputs of layers.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 6)), lf.LoReFT(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

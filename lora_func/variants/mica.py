@@ -32,7 +32,7 @@ from lora_func.weights import Weight, dense
 class MiCA(LowRankConfig):
     """Minor component adaptation: A is trained, B is not.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.MiCA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

@@ -30,7 +30,7 @@ from lora_func.weights import Weight, dense
 class MiLoRA(LowRankConfig):
     """Minor singular component adaptation.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.MiLoRA(r=2))
         >>> [key for key, leaf in params.items() if leaf.requires_grad]

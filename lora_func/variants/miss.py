@@ -45,7 +45,7 @@ class MiSS(DropoutConfig, RankConfig):
             output. "bat": blocks (r, r) that multiply the weight.
         mini_r: The width of the mini block; divides d_out.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.MiSS(r=2))
         >>> params["0.miss.block"].shape

@@ -52,7 +52,7 @@ class OFT(LinearConfig):
         coft: A bound to which ``project`` shortens Q: ``‖Q‖ ≤ coft / √blocks`` for each block; None
             for no bound. PEFT calls it ``eps``, 6e-5 by default.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 3)), lf.OFT(block_size=4))
         >>> params["0.oft.R"].shape

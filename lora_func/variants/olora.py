@@ -32,7 +32,7 @@ from lora_func.weights import Weight, dense
 class OLoRA(LowRankConfig):
     """Orthonormal low-rank adaptation.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.OLoRA(r=2))
         >>> [key for key, leaf in params.items() if leaf.requires_grad]

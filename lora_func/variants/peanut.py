@@ -39,7 +39,7 @@ class PEANuT(RankConfig):
         depth: How many pairs of inner layers the network has.
         scaling: What multiplies the change.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> params = lf.init(model, lf.PEANuT(r=2, depth=1))

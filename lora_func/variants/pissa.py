@@ -39,7 +39,7 @@ class PiSSA(LowRankConfig):
         niter: None for the exact singular value decomposition; an integer for the randomised one
             with that many power iterations, much faster on wide layers.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.PiSSA(r=2))
         >>> [key for key, leaf in params.items() if leaf.requires_grad]

@@ -39,7 +39,7 @@ class PSOFT(DropoutConfig, RankConfig):
     Attributes:
         gains: Whether the gains a and b are trained; without them R is a rotation.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(6, 5)), lf.PSOFT(r=4))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

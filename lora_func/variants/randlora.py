@@ -51,7 +51,7 @@ class RandLoRA(LowRankConfig):
         bases: The distribution of A and B: "dense" (uniform), "sparse" (two thirds are zero), or
             "very_sparse" (all but one in √width).
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.RandLoRA(r=2))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

@@ -42,7 +42,7 @@ class ROAD(LinearConfig):
         kind: 1, 2 or 4: how many times d_out / 2 there are of θ and α each.
         group_size: Outputs in a group; even, divides d_out.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> params = lf.init(model, lf.ROAD(kind=2, group_size=4))

@@ -46,7 +46,7 @@ class SAblate(BasisConfig):
         k: How many directions are removed.
         coeff: What multiplies α, kept as the constant ``_coeff``, from 0 (the base) to 1.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 4)), lf.SAblate(r=3))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

@@ -55,7 +55,7 @@ class SGain(BasisConfig):
             from data have the side "out" alone.
         k: The rank of a core between the directions; 0 for none.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 8)), lf.SGain(r=3))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

@@ -46,7 +46,7 @@ class SHiRA(RankConfig):
             largest gradient of the loss, and "snip", with the largest |W * gradient|; both
             need ``init(..., data=batches)``.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(8, 6)), lf.SHiRA(r=1))
         >>> {key: tuple(leaf.shape) for key, leaf in params.items()}

@@ -40,7 +40,7 @@ class SSVD(LinearConfig):
             has 0.17 to 0.8.
         orthogonality: "approx" or "strict".
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> params = lf.init(model, lf.SSVD(r=2))

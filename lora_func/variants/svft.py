@@ -41,7 +41,7 @@ class SVFT(LinearConfig):
         band: How many diagonals on each side of the main one are trained.
         pattern: "banded", or "random": as many entries, drawn from all.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), lf.SVFT(band=1))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

@@ -40,7 +40,7 @@ from lora_func.weights import Weight, dense
 class TiedLoRA(LowRankConfig):
     """LoRA with one A for all sites.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
         >>> params = lf.init(model, lf.TiedLoRA(r=2))

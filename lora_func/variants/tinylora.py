@@ -38,7 +38,7 @@ class TinyLoRA(DropoutConfig, RankConfig):
         u: How many numbers.
         tied: Whether all sites share them.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
         >>> params = lf.init(model, lf.TinyLoRA(u=5, tied=True))

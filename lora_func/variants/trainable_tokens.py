@@ -39,7 +39,7 @@ class TrainableTokens(LinearConfig):
         tied: Whether all named modules share one Δ: for an embedding and the head that is tied to
             it, both of which target_modules then names.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4))
         >>> cfg = lf.TrainableTokens(token_ids=[2, 7], target_modules="0")

@@ -45,7 +45,7 @@ class VBLoRA(DropoutConfig, RankConfig):
         bound: The bank starts from U(-bound, bound).
         logits_std: The standard deviation of the logits at the start.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> cfg = lf.VBLoRA(r=2, num_vectors=9, vector_length=2)
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 6)), cfg)

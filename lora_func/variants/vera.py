@@ -41,7 +41,7 @@ class VeRA(DropoutConfig, LinearConfig):
         r: Rank of the shared projections; it costs time, and r trained numbers for each site.
         d_initial: Where λ_d starts.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> list(lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.VeRA(r=2)))
         ['*.vera._A', '*.vera._B', '0.vera.lambda_d', '0.vera.lambda_b']

@@ -47,7 +47,7 @@ class WaveFT(located.LocatedConfig):
         wavelet: "db1" (Haar); others up to "db10", "sym2" to "sym10" and "coif1" to "coif5" want
             the package PyWavelets at ``init``. None trains the entries of W themselves.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> params = lf.init(torch.nn.Sequential(torch.nn.Linear(4, 3)), lf.WaveFT(n_frequency=5))
         >>> {key: tuple(leaf.shape) for key, leaf in lf.partition(params)[0].items()}

@@ -105,7 +105,7 @@ def update(
         ValueError: If a step was left out, target_r is no smaller than the mean rank, or a leaf has
             no gradient.
 
-    Example:
+    Examples:
         >>> import torch, lora_func as lf
         >>> from lora_func.rules import adalora
         >>> params = lf.init(torch.nn.Linear(6, 5), lf.AdaLoRA(r=4))
