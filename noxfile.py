@@ -1,5 +1,6 @@
 """The project's commands: ``python -m nox -s tests`` and so on, the same here and in CI."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -61,9 +62,14 @@ def tests_oldest(session: nox.Session) -> None:
 
 @nox.session(name="tests-nightly")
 def tests_nightly(session: nox.Session) -> None:
-    """Run the tests with the newest transformers, peft and bitsandbytes, pre-releases included."""
+    """Run the tests with the newest transformers, peft and bitsandbytes, pre-releases included.
+
+    With TORCH_INDEX set, the newest torch of that index too.
+    """
     install(session, "test", "-e", ".[all]")
     session.install("-c", "constraints.txt", "--upgrade", "--pre", *FOLLOWED)
+    if index := os.environ.get("TORCH_INDEX"):
+        session.install("--upgrade", "--pre", "--index-url", index, "torch")
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=ONE_THREAD)
 
 

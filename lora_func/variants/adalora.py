@@ -1,4 +1,4 @@
-"""AdaLoRA: LoRA in the form of singular triplets, of which a schedule keeps the important ones.
+"""AdaLoRA: LoRA as singular triplets; a schedule keeps the important ones.
 
     W' = W + s B diag(E) A,   s = alpha / (r + 1e-5)
 
