@@ -271,7 +271,9 @@ def _plot(name: str, rows: Sequence[Row], plotted: Sequence[str], options: Any) 
     height = 0.8 / len(plotted)
     for i, column in enumerate(plotted):
         places = [-(at + i * height) for at in range(len(rows))]
-        axes.barh(places, [row.get(column) or 0 for row in rows], height, label=column)
+        color = plt.colormaps["cividis"](0.8 * i / max(len(plotted) - 1, 1))
+        lengths = [row.get(column) or 0 for row in rows]
+        axes.barh(places, lengths, height, label=column, color=color)
     axes.set_yticks([-at for at in range(len(rows))], [str(next(iter(r.values()))) for r in rows])
     axes.axvline(1, color="black", linewidth=0.5)
     widest = max((row.get(column) or 0 for row in rows for column in plotted), default=1)
