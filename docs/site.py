@@ -13,6 +13,7 @@ import formulas
 import tables
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import lora_func as lf
 from lora_func.costs import cost_of
@@ -47,6 +48,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Lead links to the code of variants, as they are followed in the repository, to the pages."""
     return re.sub(r"\]\((?:\.\./){2}lora_func/variants/(\w+)\.py\)", r"](\1.md)", markdown)
+
+
+def on_page_content(html: str, page: Page, **_: object) -> str:
+    """Lead the links of notebooks to pages, which mkdocs does for Markdown alone."""
+    if not page.file.src_uri.startswith("notebooks/"):
+        return html
+    return re.sub(r'href="\.\./(\w+)\.md', r'href="../../\1/', html)
 
 
 def from_root(path: Path) -> str:

@@ -84,8 +84,8 @@ def families() -> list[str]:
 
 def properties(variants: list[lf.Variant] | None = None) -> list[str]:
     """What each variant can do, read from its fields."""
-    columns = ("family", "variant", "weight", "mixed ranks", "embeddings, convolutions")
-    rows = [f"| {' | '.join(columns)} | `combine` | PEFT |", "|---|---|---|---|---|---|---|"]
+    columns = ("family", "variant", "start", "weight", "mixed ranks", "embeddings, convolutions")
+    rows = [f"| {' | '.join(columns)} | `combine` | PEFT |", "|---|---|---|---|---|---|---|---|"]
     for variant in grouped() if variants is None else variants:
         sums = "low rank" if variant.low_rank else "leaves" if variant.neutral else "–"
         kinds = dict.fromkeys(one.peft_type for one in variant.peft)
@@ -93,6 +93,7 @@ def properties(variants: list[lf.Variant] | None = None) -> list[str]:
         cells = [
             str(variant.family),
             f"`{variant.name}`",
+            " or ".join(sorted({trial.start for trial in variant.trials.values()})) or "exact",
             "yes" if variant.weight else "no",
             "yes" if variant.pads else "–",
             narrow if variant.weight else "–",

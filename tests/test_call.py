@@ -849,3 +849,24 @@ def test_settings_of_torch_survive_interrupts():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, found)
     assert settings() == before
+
+
+WANT_ONE = {
+    "fcall": lambda model, several: lf.fcall(model, several, torch.ones(1, 4)),
+    "adapted": lambda model, several: lf.adapted(model, several).__enter__(),
+    "merge": lambda model, several: lf.merge(model, several),
+    "to_lora": lambda model, several: lf.to_lora(several, model, 2),
+    "attach": lambda model, several: lf.attach(model, several),
+    "save": lambda model, several: lf.save(several, "several"),
+    "summary": lambda model, several: lf.summary(several),
+    "partition": lambda model, several: lf.partition(several),
+    "to_peft": lambda model, several: lf.peft.to_peft(several, "several", model=model),
+}
+
+
+@pytest.mark.parametrize("use", WANT_ONE.values(), ids=WANT_ONE)
+def test_a_list_where_one_adapter_is_wanted_is_refused(use):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    several = [lf.init(model, lf.LoRA(r=2), seed=seed) for seed in range(2)]
+    with pytest.raises(TypeError, match="got a list; expected one adapter, a dict of tensors"):
+        use(model, several)

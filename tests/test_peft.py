@@ -367,3 +367,9 @@ def test_what_is_not_read(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         from_peft(tmp_path, model)
+
+
+@pytest.mark.parametrize("name", ["typo", "/nowhere/at/all", "./checkpoint"])
+def test_a_folder_that_is_not_there_is_named(name):
+    with pytest.raises(lf.AdapterFileError, match="is no folder; a name on the hub has the form"):
+        lf.peft.from_peft(name, torch.nn.Linear(4, 4))

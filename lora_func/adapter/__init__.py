@@ -5,7 +5,16 @@ Functions here work on the dict alone, or read weights by their paths. What runs
 """
 
 from lora_func.adapter._combine import combine
-from lora_func.adapter._keys import RANK, SHARED, Key, as_trainable, group, parse, partition
+from lora_func.adapter._keys import (
+    RANK,
+    SHARED,
+    Key,
+    as_trainable,
+    check_adapter,
+    group,
+    parse,
+    partition,
+)
 from lora_func.adapter._merging import METHODS
 from lora_func.adapter._project import project
 from lora_func.adapter._schema import check_leaves, check_required, check_site
@@ -18,6 +27,7 @@ __all__ = [
     "SHARED",
     "Key",
     "as_trainable",
+    "check_adapter",
     "check_leaves",
     "check_required",
     "check_site",

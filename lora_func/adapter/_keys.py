@@ -69,6 +69,19 @@ def group(keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
     }
 
 
+def check_adapter(params: object) -> None:
+    """Check that an adapter, or a stack, is one dict.
+
+    Raises:
+        TypeError: If it is anything else, such as a list of adapters.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params: got a {type(params).__name__}; expected one adapter, a dict of tensors; "
+            "vcall and clip_grad_norm take several, and stack makes one dict of them"
+        )
+
+
 def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
     """Split an adapter into trained leaves and constants.
 
@@ -82,6 +95,7 @@ def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
 
     Raises:
         KeyError: If a key is not of the form ``site.variant.leaf``.
+        TypeError: If params is no mapping.
 
     Examples:
         >>> import torch, lora_func as lf
@@ -89,6 +103,7 @@ def partition(params: Mapping[str, Tensor]) -> tuple[Params, Params]:
         >>> list(trained), list(constants)
         (['.lora.A', '.lora.B'], ['.lora._scale'])
     """
+    check_adapter(params)
     constants = {key: leaf for key, leaf in params.items() if parse(key).is_constant}
     return {key: leaf for key, leaf in params.items() if key not in constants}, constants
 

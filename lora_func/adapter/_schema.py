@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter._keys import RANK, SHARED, Key, group, parse
+from lora_func.adapter._keys import RANK, SHARED, Key, check_adapter, group, parse
 from lora_func.modules import (
     check_not_flattened,
     find_site,
@@ -34,10 +34,11 @@ def check_leaves(params: Mapping[str, Tensor], model: nn.Module | None = None) -
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is not a floating-point tensor.
+        TypeError: If params is no mapping, or a leaf is not a floating-point tensor.
         ValueError: If there is no leaf, a leaf is missing or unknown, a shape does not fit, or
             FSDP1 has flattened the model's weights.
     """
+    check_adapter(params)
     if not params:
         raise ValueError("params: got no leaf")
     for key, leaf in params.items():

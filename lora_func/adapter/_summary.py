@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lora_func.adapter._keys import group, partition
+from lora_func.adapter._keys import check_adapter, group, partition
 from lora_func.modules import inner_model, whole
 from lora_func.variant import Variant, rank_of
 from lora_func.variants import by_name
@@ -34,6 +34,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
 
     Raises:
         KeyError: If a key is malformed or names no variant.
+        TypeError: If params is no mapping.
 
     Examples:
         >>> import torch, lora_func as lf
@@ -45,6 +46,7 @@ def summary(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tab
     from rich import box
     from rich.markup import escape
 
+    check_adapter(params)
     params = {key: whole(leaf) for key, leaf in params.items()}
     trained, _ = partition(params)
     sites = group(params)

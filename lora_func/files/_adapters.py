@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import as_trainable, check_leaves, group, parse
+from lora_func.adapter import as_trainable, check_adapter, check_leaves, group, parse
 from lora_func.configs import AdapterConfig
 from lora_func.errors import AdapterFileError
 from lora_func.files._container import Content, read, write
@@ -48,7 +48,8 @@ def save(
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If a leaf is not a floating-point tensor, or metadata is not text.
+        TypeError: If params is no mapping, a leaf is not a floating-point tensor, or metadata is not
+            text.
         ValueError: If there is no leaf, a leaf is missing, unknown, empty, without data or not
             finite, or a shape does not fit.
         OSError: If the file cannot be written.
@@ -62,6 +63,7 @@ def save(
         ['.lora.A', '.lora.B', '.lora._scale']
     """
     configs = (cfg,) if isinstance(cfg, AdapterConfig) else cfg
+    check_adapter(params)
     params = {key: whole(leaf) for key, leaf in params.items()}
     facts = facts_of(params, model, allow_nonfinite) | {
         "configs": [{"config": type(one).__name__, **asdict(one)} for one in configs]

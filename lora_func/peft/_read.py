@@ -1,5 +1,6 @@
 """Reading PEFT's checkpoints."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -86,6 +87,10 @@ def _downloaded(folder_or_id: str | PathLike[str]) -> Path:
     folder = Path(folder_or_id)
     if folder.is_dir() or not isinstance(folder_or_id, str):
         return folder
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder_or_id):
+        raise AdapterFileError(
+            f"{folder_or_id}: is no folder; a name on the hub has the form owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(folder_or_id, allow_patterns=[CONFIG, WEIGHTS]))

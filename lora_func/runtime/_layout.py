@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from lora_func.adapter import RANK, SHARED, Key, check_required, group, parse
+from lora_func.adapter import RANK, SHARED, Key, check_adapter, check_required, group, parse
 from lora_func.compat import buffers_of, mixes_rows_in_training
 from lora_func.modules import Structure, attached_path, identities, inner_model, structure
 from lora_func.runtime._settings import has_fast_path
@@ -95,9 +95,10 @@ def layout_of(model: nn.Module, params: Mapping[str, Tensor]) -> ModelLayout:
 
     Raises:
         KeyError: If a key names no module or parameter of the model, or no variant.
-        TypeError: If a variant cannot adapt what a key names.
+        TypeError: If params is no mapping, or a variant cannot adapt what a key names.
         ValueError: If two variants name one module, or a leaf is missing.
     """
+    check_adapter(params)
     if torch.compiler.is_compiling():
         return _make_layout(model, params, lambda _: None)
     kept = _layouts.get(model)

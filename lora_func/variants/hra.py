@@ -2,8 +2,8 @@
 
     W' = W H_1 ... H_r,   H_i = I - 2 u_i u_iᵀ / ‖u_i‖²
 
-*Identity at the start because* the reflections start in equal pairs, and two equal ones cancel: in
-exact arithmetic; in floating point to 8 eps of the input.
+*Identity at the start, to rounding, because* the reflections start in equal pairs, and two equal
+ones cancel: in exact arithmetic; in floating point to 8 eps of the input.
 
 Asks of W: ``linear`` only.
 

@@ -2,7 +2,8 @@
 
     W' = W - T + s B diag(d) A,   T = the r smallest singular components of W;   s = alpha / r
 
-*No identity at the start*: B = 0, and T is gone, by which the outputs change by about a thousandth.
+*No identity at the start*: B = 0, and T is gone. On a layer of width 256, with r = 8, the outputs
+change by one per cent; the narrower the layer, the more.
 
 Asks of W: the dense weight at init; ``linear`` only afterwards.
 
