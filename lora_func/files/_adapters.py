@@ -48,8 +48,8 @@ def save(
 
     Raises:
         KeyError: If a key is malformed, or names no variant or nothing in the model.
-        TypeError: If params is no mapping, a leaf is not a floating-point tensor, or metadata is not
-            text.
+        TypeError: If params is no mapping, a leaf is not a floating-point tensor, or metadata is
+            not text.
         ValueError: If there is no leaf, a leaf is missing, unknown, empty, without data or not
             finite, or a shape does not fit.
         OSError: If the file cannot be written.
