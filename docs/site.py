@@ -20,8 +20,6 @@ from lora_func.costs import cost_of
 
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 FROM_ROOT |= {"CHANGELOG.md": "changelog.md"}
-REFERENCE = ("calling", "sweeps", "files", "peft", "training", "devices", "variants", "testing")
-REFERENCE += ("errors",)
 WIDTH, RANK = 256, 8
 """The layer on which the pages of variants say what a method costs."""
 
@@ -31,15 +29,20 @@ def on_config(config: MkDocsConfig) -> None:
     by_family: dict[str, list[str]] = {}
     for method, _, family in tables.configs():
         by_family.setdefault(str(family), []).append(f"variants/{tables.page_of(method)}")
-    (chapter,) = (entry for entry in config.nav or [] if "Variants" in entry)
-    chapter["Variants"] += [{family: pages} for family, pages in by_family.items()]
+    chapter(config, "Variants").extend([{family: pages} for family, pages in by_family.items()])
+
+
+def chapter(config: MkDocsConfig, title: str) -> list:
+    """The pages of a chapter, as mkdocs.yml lists them."""
+    (pages,) = (entry[title] for entry in config.nav or [] if title in entry)
+    return pages
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages before the links are checked."""
     for source, page in FROM_ROOT.items():
         files.append(File.generated(config, page, content=from_root(tables.ROOT / source)))
-    pages = variant_pages() | {"reference/index.md": reference()}
+    pages = variant_pages() | {"reference/index.md": reference(chapter(config, "Reference")[1:])}
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -65,19 +68,19 @@ def from_root(path: Path) -> str:
     return text.replace("[LICENSE](LICENSE)", "LICENSE")
 
 
-def reference() -> str:
-    """A table of all names of the reference, with the first lines of their docstrings."""
+def reference(pages: list[str]) -> str:
+    """A table of all names on the pages, with the first lines of their docstrings."""
     parts = ["# Reference", "Configs have their pages under [variants](../variants/index.md)."]
-    for name in REFERENCE:
-        text = (tables.ROOT / "docs" / "reference" / f"{name}.md").read_text()
+    for page in map(Path, pages):
+        text = (tables.ROOT / "docs" / page).read_text()
         title = text.splitlines()[0].removeprefix("# ")
-        parts.append(f"## [{title}]({name}.md)")
+        parts.append(f"## [{title}]({page.name})")
         rows = ["| name | what it is |", "|---|---|"]
         for path in re.findall(r"^::: lora_func\.(\S+)$", text, re.MULTILINE):
             what = pkgutil.resolve_name(f"lora_func.{path}")
             named = inspect.isclass(what) or inspect.isfunction(what)
             told = str(inspect.getdoc(what)).splitlines()[0] if named else f"The type `{what}`."
-            rows.append(f"| [`{path}`]({name}.md#lora_func.{path}) | {told} |".replace("``", "`"))
+            rows.append(f"| [`{path}`]({page.name}#lora_func.{path}) | {told} |".replace("``", "`"))
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 

@@ -12,6 +12,8 @@ import peft_laws
 import pytest
 import tables
 
+from lora_func import __main__
+
 ROOT = Path(__file__).parent.parent
 PEFT_TABLE = re.compile(r"<!-- table: peft -->\n.*?<!-- end -->", re.DOTALL)
 LAWS = ROOT / "docs" / "testing.md"
@@ -26,6 +28,7 @@ for of_others in (
 ):
     warnings.filterwarnings("ignore", of_others)
 """
+NOXFILE = (ROOT / "noxfile.py").read_text()
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -44,6 +47,36 @@ def test_the_code_runs(page, tmp_path):
     program.write_text("\n".join([QUIET, *code]))
     done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def commands():
+    """The commands of this project in the shell blocks of all pages."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for block in re.findall(
+            r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
+        ):
+            for line in block.splitlines():
+                for command in line.partition("  #")[0].split("&&"):
+                    yield page.relative_to(ROOT).as_posix(), command.strip()
+
+
+def test_shell_commands_name_what_is_there(capsys):
+    sessions = {*re.findall(r'^def (\w+)\(session|name="([\w-]+)"', NOXFILE, re.MULTILINE)}
+    sessions = {name or other for name, other in sessions}
+    seen = 0
+    for page, command in commands():
+        if named := re.search(r"-m nox -s ([\w-]+)", command):
+            assert named[1] in sessions, (page, command)
+            seen += 1
+        if script := re.search(r"(?:examples|benchmarks)/\w+\.py", command):
+            assert (ROOT / script[0]).exists(), (page, command)
+            seen += 1
+        if used := re.search(r"-m lora_func (\w+)", command):
+            with pytest.raises(SystemExit) as left:
+                __main__.main([used[1], "--help"])
+            assert left.value.code == 0, (page, command)
+            seen += 1
+    assert seen > 15
 
 
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
