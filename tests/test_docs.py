@@ -1,4 +1,4 @@
-"""The Python blocks of each page in README and docs run in order, as one program."""
+"""The Python blocks of each page run in order, as one program, and so do the notebooks."""
 
 import re
 import subprocess
@@ -33,8 +33,9 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+def blocks(page, language="python"):
+    fenced = rf"^```{language}\n(.*?)^```$"
+    return re.findall(fenced, page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -52,17 +53,14 @@ def test_the_code_runs(page, tmp_path):
 def commands():
     """The commands of this project in the shell blocks of all pages."""
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for block in re.findall(
-            r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
-        ):
+        for block in blocks(page, "bash"):
             for line in block.splitlines():
                 for command in line.partition("  #")[0].split("&&"):
                     yield page.relative_to(ROOT).as_posix(), command.strip()
 
 
-def test_shell_commands_name_what_is_there(capsys):
-    sessions = {*re.findall(r'^def (\w+)\(session|name="([\w-]+)"', NOXFILE, re.MULTILINE)}
-    sessions = {name or other for name, other in sessions}
+def test_shell_commands_name_what_is_there():
+    sessions = {*re.findall(r'(?<=^def )\w+(?=\(session)|(?<=name=")[\w-]+', NOXFILE, re.MULTILINE)}
     seen = 0
     for page, command in commands():
         if named := re.search(r"-m nox -s ([\w-]+)", command):
