@@ -49,7 +49,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Lead links to the code of variants, as they are followed in the repository, to the pages."""
+    """Lead links that are right in the repository to the pages that are made from other files."""
+    markdown = markdown.replace("](../CONTRIBUTING.md", "](contributing.md")
     return re.sub(r"\]\((?:\.\./){2}lora_func/variants/(\w+)\.py\)", r"](\1.md)", markdown)
 
 
