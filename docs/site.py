@@ -134,7 +134,7 @@ def shown_formula(block: str) -> str:
 
 def linked(text: str) -> str:
     """The text with its addresses as links."""
-    return re.sub(r"(?<!\()(https://[^\s,;)]+[^\s,;).])", r"<\1>", text)
+    return re.sub(rf"(?<!\()({tables.ADDRESS})", r"<\1>", text)
 
 
 def settings(config: type) -> str:
@@ -154,10 +154,16 @@ def default_of(field: Field) -> str:
     return "required" if field.default_factory is MISSING else f"`{field.default_factory()!r}`"
 
 
+def sections(doc: str, title: str) -> list[str]:
+    """The texts of the sections of a docstring whose title fits, without their indentation."""
+    found = re.findall(rf"^{title}:\n((?:^ .*\n?|^\n)+)", doc, re.MULTILINE)
+    return [*map(inspect.cleandoc, found)]
+
+
 def documented(doc: str) -> Iterator[tuple[str, str]]:
     """The fields that a docstring documents, and the texts."""
-    for section in re.findall(r"^Attributes.*:\n((?:^ .*\n?|^\n)+)", doc, re.MULTILINE):
-        entries = re.split(r"^(?=\w+: )", inspect.cleandoc(section), flags=re.MULTILINE)
+    for section in sections(doc, "Attributes.*"):
+        entries = re.split(r"^(?=\w+: )", section, flags=re.MULTILINE)
         for entry in filter(None, entries):
             name, _, meaning = entry.partition(": ")
             yield name, " ".join(meaning.split()).replace("|", r"\|")
@@ -165,8 +171,7 @@ def documented(doc: str) -> Iterator[tuple[str, str]]:
 
 def example(config: type) -> str:
     """The example of the config's docstring."""
-    found = re.search(r"^Examples:\n((?:^ .*\n?|^\n)+)", config.__doc__ or "", re.MULTILINE)
-    return f"```pycon\n{inspect.cleandoc(found[1])}\n```" if found else ""
+    return "".join(f"```pycon\n{text}\n```" for text in sections(config.__doc__ or "", "Examples"))
 
 
 def costs(variants: list[lf.Variant]) -> str:
@@ -193,5 +198,5 @@ def code(config: type) -> str:
     module = sys.modules[config.__module__]
     source = inspect.getsource(module).replace(f'"""{module.__doc__}"""', "", 1).strip()
     lines = "\n".join(f"    {line}".rstrip() for line in source.splitlines())
-    name = f"lora_func/variants/{config.__module__.rpartition('.')[2]}.py"
+    name = f"lora_func/variants/{tables.page_of(config, '.py')}"
     return f'??? example "`{name}`"\n\n    ```python\n{lines}\n    ```'

@@ -1,4 +1,4 @@
-"""The tables of README, reference and CONTRIBUTING that are made from docstrings.
+"""The tables of README, docs and CONTRIBUTING that are made from docstrings.
 
     python -m nox -s tables
 
@@ -27,6 +27,7 @@ PAGES = (
     "docs/testing.md",
 )
 PACKAGE = ROOT / "lora_func"
+ADDRESS = r"https://[^\s,;)]+[^\s,;).]"
 
 
 def built_in() -> list[lf.Variant]:
@@ -61,7 +62,7 @@ def variants() -> list[str]:
     for config, text, family in configs():
         phrase = text.split("\n")[0].partition(": ")[2].rstrip(".")
         cited = text.partition("References:")[2].partition("\n\n")[0]
-        sources = dict.fromkeys(re.findall(r"https://[^\s,;)]+[^\s,;).]", cited))
+        sources = dict.fromkeys(re.findall(ADDRESS, cited))
         name = f"[{config.__name__}](../../lora_func/variants/{page_of(config, '.py')})"
         cells = (family, name, phrase, ", ".join(map(link, sources)) or "–")
         rows.append(f"| {' | '.join(map(str, cells))} |")
